@@ -25,26 +25,25 @@ import time
 VERSION = "1.0.0"
 PROGRAM = "packtrack-logger"
 
-# ---- Errors: one class per exit code; a message is one line, without secrets -------------------------------------
+# ---- Errors: one class per exit code; a message is one line, without secrets -------------------------------
 
 
 class PackTrackError(Exception):
     """What this module raises.
 
     exit_code: the exit code of the command line. kind: a word for programs. status: the HTTP status, or None.
-    where: what the message is about, such as "events.ndjson:151", "--timeout" or "PACKTRACK_TIMEOUT", or None.
+    where: what it is about, such as "events.ndjson:151", "--timeout" or "PACKTRACK_TIMEOUT", or None.
+    ends_run: whether all the rest of a run would fail alike.
     """
 
     exit_code, kind = 2, "error"
 
     def __init__(self, message, where=None, status=None, kind=None, ends_run=False):
         super().__init__(message)
-        self.where, self.status, self.ends_run = where, status, ends_run
-        self.kind = kind or self.kind
+        self.where, self.status, self.kind, self.ends_run = where, status, kind or self.kind, ends_run
 
     def __str__(self):
-        message = super().__str__()
-        return "{}: {}".format(self.where, message) if self.where else message
+        return "{}: {}".format(self.where, self.args[0]) if self.where else self.args[0]
 
 
 class InvalidError(PackTrackError):
@@ -54,7 +53,7 @@ class InvalidError(PackTrackError):
 
 
 class RefusedError(PackTrackError):
-    """The server's final no, or a fault that trying again does not mend. ends_run: all the rest would fail alike."""
+    """The server's final no, or a fault that trying again does not mend."""
 
     exit_code, kind = 2, "refused"
 
@@ -72,18 +71,19 @@ class InputError(PackTrackError):
 
 
 class Interrupted(BaseException):
-    """INT or TERM arrived, or abort() was called, while something waited. Not an Exception: nothing may swallow it."""
+    """A signal, or abort(), ended a wait. Not an Exception: nothing may swallow it."""
 
 
-# ---- Options: one table, its value parsers, and resolve(argv, environ); no input is read here --------------------
+# ---- Options: one table, its value parsers, and resolve(argv, environ); no input is read here --------------
 
-DURATION = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 LONGEST = 366 * 86400.0
 SEVERITIES = ("debug", "info", "warn", "error")
 STATUSES = ("ok", "failed", "skipped", "timeout", "retrying", "unknown")
 TRUE, FALSE = ("1", "true", "yes", "y", "on"), ("0", "false", "no", "n", "off")
-# RFC 3339, 5.6, with a capital T and Z. The calendar is in the pattern: datetime's parsers differ between versions.
+DIGITS = "0123456789"
+LABEL = DIGITS + "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_"
+# RFC 3339, 5.6, with a capital T and Z. The calendar is in the pattern: datetime's parsers differ by version.
 TIMESTAMP = (
     r"(?:(?!0000)[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
     r"|02-(?:0[1-9]|1[0-9]|2[0-8]))"
@@ -97,24 +97,29 @@ def parse_text(text):
     return text
 
 
+def parse_required(text):
+    """Text that is not empty."""
+    if not text:
+        raise ValueError("must not be empty")
+    return text
+
+
 def parse_boolean(text):
     """1/true/yes/y/on or 0/false/no/n/off, in any case."""
-    if text.lower() in TRUE + FALSE:
-        return text.lower() in TRUE
-    raise ValueError("must be true or false")
+    if text.lower() not in TRUE + FALSE:
+        raise ValueError("must be true or false")
+    return text.lower() in TRUE
 
 
 def parse_duration(text):
     """A duration as in Go ("1m30s", "1.5h", "500us") or a bare number of seconds; return seconds."""
-    if re.match(DURATION + r"\Z", text):
-        seconds = float(text)
-    else:
-        parts = re.findall("({})([a-z\u00b5\u03bc]+)".format(DURATION), text)
-        if not parts or "".join(map("".join, parts)) != text or any(unit not in UNITS for _, unit in parts):
-            raise ValueError("must be a duration such as 500ms, 15s or 1m30s")
-        seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
+    parts = re.findall(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([a-z\u00b5\u03bc]*)", text)
+    units = {"": 1.0} if len(parts) == 1 and not parts[0][1] else UNITS
+    if not parts or "".join(map("".join, parts)) != text or any(unit not in units for _, unit in parts):
+        raise ValueError("must be a duration such as 500ms, 15s or 1m30s")
+    seconds = sum(float(number) * units[unit] for number, unit in parts)
     if seconds > LONGEST:
-        raise ValueError("must be at most {}h".format(int(LONGEST // 3600)))
+        raise ValueError("must be at most {:.0f}h".format(LONGEST / 3600))
     return seconds
 
 
@@ -128,7 +133,7 @@ def parse_limit(text):
 
 def parse_fraction(text):
     """A decimal number from 0 to 1."""
-    if not re.match(DURATION + r"\Z", text) or float(text) > 1:
+    if not re.match(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\Z", text) or float(text) > 1:
         raise ValueError("must be a number from 0 to 1")
     return float(text)
 
@@ -137,7 +142,7 @@ def whole_number(least, most):
     """Return the parser of a whole number from least to most."""
 
     def parse(text):
-        if not re.match(r"[0-9]{1,12}\Z", text) or not least <= int(text) <= most:
+        if not 0 < len(text) < 13 or text.strip(DIGITS) or not least <= int(text) <= most:
             raise ValueError("must be a whole number from {} to {}".format(least, most))
         return int(text)
 
@@ -162,21 +167,14 @@ def wrong_choice(text, choices):
 
 
 def parse_header(text):
-    """A header value: visible ASCII, spaces inside only (RFC 9110, 5.5). It may be a secret, so it is not quoted."""
-    if not re.match(r"[!-~](?:[ -~]*[!-~])?\Z", text):
+    """A header value: visible ASCII, spaces inside only (RFC 9110, 5.5). It may be a secret, so none is quoted."""
+    if not text or text != text.strip(" ") or not all(" " <= character <= "~" for character in text):
         raise ValueError("must be visible ASCII characters, with spaces inside only (the value is not shown)")
     return text
 
 
-def parse_required(text):
-    """Text that is not empty."""
-    if not text:
-        raise ValueError("must not be empty")
-    return text
-
-
 def parse_timestamp(text):
-    """An RFC 3339 timestamp with T and zone; empty is absent."""
+    """An RFC 3339 time with T and zone; empty is absent."""
     if text and not re.match(TIMESTAMP, text):
         raise ValueError('must be an RFC 3339 time such as 2025-11-25T09:30:00Z (got "{}")'.format(printable(text)))
     return text
@@ -184,10 +182,8 @@ def parse_timestamp(text):
 
 def parse_object(text):
     """A JSON object; empty is absent. What is wrong is told by its column, not quoted."""
-    if not text:
-        return {}
     try:
-        value = parse_json(text)
+        value = parse_json(text) if text else {}
     except InputError as error:
         raise ValueError(str(error))
     if type(value) is not dict:
@@ -195,30 +191,37 @@ def parse_object(text):
     return value
 
 
-def parse_base_url(text):
-    """An http or https URL of a host, without user, query or fragment; return it without trailing slashes."""
-    if "@" in text:
-        raise ValueError("must not hold a user or password (the value is not shown)")
-    match = re.match(r"(https?)://(\[[^][/?#]*\]|[^][:/?#]*)(?::([^/?#]*))?(/[^?#]*)?\Z", text)
-    if not match or not match.group(2):
-        raise ValueError("must be http://HOST or https://HOST with an optional port and path, and nothing more")
-    scheme, host, port, path = match.groups()
-    if port is not None and not (re.match(r"[0-9]{1,5}\Z", port) and 0 < int(port) < 65536):
-        raise ValueError("the port must be a number from 1 to 65535")
-    if path and not re.match(r"[!-~]*\Z", path):
-        raise ValueError("the path must be percent-encoded ASCII")
-    return "{}://{}{}{}".format(scheme, check_host(host), ":" + port if port else "", (path or "").rstrip("/"))
-
-
 def parse_path(text):
     """The path of a URL, with or without its first slash."""
-    if not re.match(r"[!-\"$-~]*\Z", text):
+    if not all("!" <= character <= "~" for character in text) or "#" in text:
         raise ValueError("must be percent-encoded ASCII without a fragment")
     return "/" + text.lstrip("/")
 
 
+def parse_base_url(text):
+    """An http or https URL without user, query or fragment; return it without trailing slashes."""
+    if "@" in text:
+        raise ValueError("must not hold a user or password (the value is not shown)")
+    scheme, _, rest = text.partition("://")
+    place, slash, path = rest.partition("/")
+    if scheme not in ("http", "https") or not place or "?" in text or "#" in text:
+        raise ValueError("must be http://HOST or https://HOST with an optional port and path, and nothing more")
+    host, port = split_host(place, None)
+    if place[len(host):] and (not port or len(port) > 5 or port.strip(DIGITS) or not 0 < int(port) < 65536):
+        raise ValueError("the port must be a number from 1 to 65535")
+    return "{}://{}{}{}".format(scheme, check_host(host), ":" + port if port else "",
+                                parse_path(path).rstrip("/") if slash else "")
+
+
+def split_host(place, default_port):
+    """Return host and port, as text, of "host", "host:port" or "[address]:port"."""
+    end = place.find("]") + 1 if place.startswith("[") else 0
+    host, colon, port = place[end:].partition(":")
+    return place[:end] + host, port if colon else default_port
+
+
 def check_host(host):
-    """Return a host name in ASCII or an IPv6 address in brackets; raise ValueError for what is neither."""
+    """Return a host name in ASCII, or an IPv6 address in brackets; raise ValueError for what is neither."""
     if host.startswith("["):
         import socket
 
@@ -228,10 +231,11 @@ def check_host(host):
             raise ValueError("what stands in brackets must be an IPv6 address")
         return host
     try:
-        name = host.encode("ascii" if re.match(r"[ -~]*\Z", host) else "idna").decode("ascii")
+        name = host if all(character <= "~" for character in host) else host.encode("idna").decode("ascii")
     except UnicodeError:
         name = ""
-    if not re.match(r"(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?\Z", name) or len(name) > 254:
+    labels = (name[:-1] if name.endswith(".") else name).split(".")
+    if len(name) > 254 or not all(0 < len(label) < 64 and not label.strip(LABEL) for label in labels):
         raise ValueError("the host name is not valid")
     return name
 
@@ -239,42 +243,19 @@ def check_host(host):
 class Option:
     """One option: what the parser, the environment, --help, the README and the completions know of it."""
 
-    __slots__ = ("name", "parse", "default", "metavar", "group", "help", "short", "in_environment", "path", "field")
-
-    def __init__(self, name, parse, default, metavar, group, help, short=None, in_environment=True, path=False, field=None):
-        self.name, self.parse, self.default, self.metavar, self.group, self.help = (
-            name, parse, default, metavar, group, help)
-        self.short, self.in_environment, self.path, self.field = short, in_environment, path, field
-
-    @property
-    def flag(self):
-        return "--" + self.name
-
-    @property
-    def is_boolean(self):
-        return self.parse is parse_boolean
-
-    @property
-    def opposite(self):
-        """The flag that undoes a boolean."""
-        return "--" + (self.name[3:] if self.name.startswith("no-") else "no-" + self.name)
-
-    @property
-    def flags(self):
-        """Every spelling on the command line, the usual one first."""
-        undo = [self.opposite] if self.is_boolean and self.in_environment else []
-        return [self.flag] + undo + ([self.short] if self.short else [])
-
-    @property
-    def variable(self):
-        return "PACKTRACK_" + self.name.upper().replace("-", "_")
-
-    @property
-    def choices(self):
-        return getattr(self.parse, "choices", ())
+    def __init__(self, name, parse, default, metavar, group, help, short=None, variable=True, path=False, field=None):
+        self.name, self.parse, self.default, self.metavar, self.group = name, parse, default, metavar, group
+        self.help, self.short, self.path, self.field = help, short, path, field
+        self.is_boolean, self.choices = parse is parse_boolean, getattr(parse, "choices", ())
+        self.variable = "PACKTRACK_" + name.upper().replace("-", "_") if variable else None
+        self.flag = "--" + name
+        # The flag that undoes a boolean.
+        self.opposite = ("--" + (name[3:] if name.startswith("no-") else "no-" + name)
+                         if self.is_boolean and variable else None)
+        self.flags = [flag for flag in (self.flag, self.opposite, short) if flag]
 
 
-CORE, EVENT, INPUT, DELIVERY, DIAGNOSTICS, ASYNC, COMMAND = (
+CORE, EVENT, INPUT, DELIVERY, DIAGNOSTICS, ASYNC, COMMAND = GROUPS = (
     "Core", "Event construction", "Input sources", "Delivery", "Diagnostics", "Async", "Command")
 
 OPTIONS = (
@@ -290,10 +271,10 @@ OPTIONS = (
     Option("user-agent", parse_header, "pack-track-sdk-python/{0} packtrack-logger/{0}".format(VERSION), "TEXT", CORE,
            "User-Agent header"),
     Option("idempotency-key", parse_header, None, "KEY", CORE,
-           "Idempotency-Key header, with the record numbers where a run makes several requests; auto: a hash of the body"),
+           "Idempotency-Key header, with record numbers where a run makes several requests; auto: the body's hash"),
     Option("gzip", parse_boolean, None, None, CORE, "compress the body"),
 
-    Option("timestamp", parse_timestamp, None, "RFC3339", EVENT, "time of the event; default now", field=("timestamp",)),
+    Option("timestamp", parse_timestamp, None, "RFC3339", EVENT, "time; default now", field=("timestamp",)),
     Option("source-system", parse_required, None, "TEXT", EVENT, "required", field=("source", "system")),
     Option("source-env", parse_text, None, "TEXT", EVENT, "such as prod", field=("source", "env")),
     Option("workflow-id", parse_required, None, "TEXT", EVENT, "required", field=("workflow", "id")),
@@ -314,47 +295,51 @@ OPTIONS = (
     Option("ndjson", parse_boolean, None, None, INPUT, "the input holds one JSON event a line"),
 
     Option("batch-size", whole_number(1, 1000000), "100", "N", DELIVERY, "most records of one request"),
-    Option("max-batch-bytes", whole_number(1, 1 << 30), "1000000", "N", DELIVERY, "most bytes of one request's body"),
+    Option("max-batch-bytes", whole_number(1, 1 << 30), "1000000", "N", DELIVERY, "most bytes of one body"),
     Option("deadline", parse_limit, None, "DURATION", DELIVERY, "limit of the whole run; past it: exit 3"),
     Option("keep-going", parse_boolean, None, None, DELIVERY, "skip what is invalid or refused, deliver the rest"),
     Option("undelivered", parse_required, None, "FILE", DELIVERY, "append what was read and not delivered", path=True),
-    Option("output", parse_required, None, "FILE", DELIVERY, "append to FILE instead of sending; - is standard output",
+    Option("output", parse_required, None, "FILE", DELIVERY, "append to FILE, - for standard output, and do not send",
            path=True),
 
     Option("verbose", parse_boolean, None, None, DIAGNOSTICS, "tell of attempts, waits and statuses", short="-v"),
     Option("dry-run", parse_boolean, None, None, DIAGNOSTICS, "validate only"),
     Option("health", parse_boolean, None, None, DIAGNOSTICS, "ask the service's health; exit 0 or 1"),
-    Option("health-enable", parse_boolean, None, None, DIAGNOSTICS, "ask it before sending too, told by --verbose"),
+    Option("health-enable", parse_boolean, None, None, DIAGNOSTICS, "ask it before sending, told by --verbose"),
     Option("json", parse_boolean, None, None, DIAGNOSTICS, "one line of JSON on standard output at the end"),
     Option("progress", parse_boolean, None, None, DIAGNOSTICS, "show progress; default on a terminal"),
     Option("completion", one_of("bash", "zsh", "fish"), None, "SHELL", DIAGNOSTICS, "print the completion script:",
-           in_environment=False),
-    Option("version", parse_boolean, None, None, DIAGNOSTICS, "print the version", short="-V", in_environment=False),
-    Option("help", parse_boolean, None, None, DIAGNOSTICS, "print this", short="-h", in_environment=False),
+           variable=False),
+    Option("version", parse_boolean, None, None, DIAGNOSTICS, "print the version", short="-V", variable=False),
+    Option("help", parse_boolean, None, None, DIAGNOSTICS, "print this", short="-h", variable=False),
 
-    Option("async", parse_boolean, None, None, ASYNC, "send while reading; memory stays bounded, pipes are not kept"),
+    Option("async", parse_boolean, None, None, ASYNC, "send while reading; a pipe is not kept for a second reading"),
     Option("flush-interval", parse_limit, "1s", "DURATION", ASYNC, "longest wait of a record for its batch to fill"),
-    Option("queue-capacity", whole_number(1, 10000000), "10000", "N", ASYNC, "most records waiting; then reading waits"),
+    Option("queue-capacity", whole_number(1, 10000000), "10000", "N", ASYNC, "most records that wait to be sent"),
     Option("no-flush", parse_boolean, None, None, ASYNC, "abandon what is queued at the end"),
 
-    Option("command-timeout", parse_limit, None, "DURATION", COMMAND, "send TERM then, and KILL 5s later; exit 124"),
+    Option("command-timeout", parse_limit, None, "DURATION", COMMAND, "then send TERM, and 5s later KILL; exit 124"),
     Option("strict", parse_boolean, None, None, COMMAND, "a failed delivery fails a command that succeeded"),
 )
-
 BY_NAME = {option.name: option for option in OPTIONS}
 EVENT_OPTIONS = tuple(option for option in OPTIONS if option.field)
 
 
 class Settings(dict):
-    """The value of each option by its name, defaults included.
+    """The value of each option by its name; defaults are parsed when they are asked for.
 
     sources: {name: the flag or variable that gave it}. command: what stands after `--`, or None. trouble: with a
     command, the first error of the environment, which must not keep the command from running; else None.
     """
 
-    def __init__(self):
+    def __init__(self, command=None):
         super().__init__()
-        self.sources, self.command, self.trouble = {}, None, None
+        self.sources, self.command, self.trouble = {}, command, None
+
+    def __missing__(self, name):
+        option = BY_NAME[name]
+        self[name] = None if option.default is None else option.parse(option.default)
+        return self[name]
 
     def from_flag(self, name):
         """Tell whether the command line gave this option."""
@@ -365,68 +350,65 @@ class Keep(argparse.Action):
     """Keeps a flag as it was written beside its text; values are parsed later, as those of the environment are."""
 
     def __call__(self, parser, namespace, value, flag=None):
-        vars(namespace)[self.dest] = (flag, value)
+        vars(namespace)[self.dest] = (flag, value[1:] if self.nargs is None else value)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with our errors: exit code 1, and no value quoted, since it may be a secret."""
 
     def error(self, message):
-        name, _, why = message.partition(": ")
-        flag = name.replace("argument ", "").split("/")[0]
-        raise InvalidError("needs a value" if why.startswith("expected") else "takes no value", where=flag)
+        flag, _, why = message.partition(": ")
+        raise InvalidError("needs a value" if why.startswith("expected") else "takes no value",
+                           where=flag.replace("argument ", "").split("/")[0])
 
 
 def parse_command_line(argv):
     """Return {option name: (flag, text; None for a bare boolean)} and the command after `--`, or None."""
-    # The help is ours. A fixed width keeps argparse from importing shutil to measure the terminal at each flag.
-    parser = Parser(
-        add_help=False, allow_abbrev=False, usage="", argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80))
-    takes_value = set()
+    # The help is ours. A fixed width keeps argparse from importing shutil, to measure the terminal for each flag.
+    parser = Parser(add_help=False, allow_abbrev=False, usage="", argument_default=argparse.SUPPRESS,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80))
     for option in OPTIONS:
         parser.add_argument(*option.flags, dest=option.name, action=Keep, nargs="?" if option.is_boolean else None)
-        if not option.is_boolean:
-            takes_value.add(option.flag)
+    takes_value = {option.flag for option in OPTIONS if not option.is_boolean}
     words, command, rest = [], None, iter(argv)
     for word in rest:
         if word == "--":
             command = list(rest)
             break
-        if word in takes_value:  # joined, since argparse takes a value that begins with a dash for a flag
-            for value in rest:
-                word += "=" + value
-                break
+        flag, equals, value = word.partition("=")
+        if flag in takes_value:
+            # Joined behind one more "=": argparse takes a value that begins with a dash for a flag, and drops "--".
+            value = value if equals else next(rest, None)
+            word = flag if value is None else "{}=={}".format(flag, value)
         words.append(word)
     given, unknown = parser.parse_known_args(words)
-    for word in unknown:
+    if unknown:
+        word = unknown[0]
         if not word.startswith("-") or word == "-":
-            raise InvalidError("unexpected argument (not shown: it may be a secret); put quotes around a value "
-                               "with blanks, and -- before a command")
+            raise InvalidError("unexpected argument (not shown: it may be a secret); put quotes around a value with "
+                               "blanks, and -- before a command")
         flag = word.split("=")[0]
-        known = [known for option in OPTIONS for known in option.flags]
-        raise InvalidError("unknown flag {}{}; see --help".format(printable(flag), nearest(flag, known)))
+        near = nearest(flag, [known for option in OPTIONS for known in option.flags])
+        # The value of a short flag may follow it without a blank.
+        raise InvalidError("unknown flag {}{}; see --help".format(
+            printable(flag if flag.startswith("--") else flag[:2]), near))
     if command == []:
-        raise InvalidError("a command must follow --")
+        raise InvalidError("a command must follow", where="--")
     return vars(given), command
 
 
-def utf8(text):
-    """Return text of the command line or environment as UTF-8, whatever the locale took it for; or ValueError."""
-    try:
-        return os.fsencode(text).decode("utf-8")
-    except UnicodeError:
-        raise ValueError("must be UTF-8")
-
-
-def read_option(option, flag, text):
-    """Return the value of an option from its text; errors name the flag or the variable."""
-    source = flag or option.variable
+def read_option(option, source, text):
+    """Return the value of an option from its text; source, the flag or variable, is named by errors."""
     try:
         if option.is_boolean:
             value = True if text is None else parse_boolean(text)
             return not value if source == option.opposite else value
-        return option.parse(text if option.path else utf8(text))
+        if not option.path:  # text is UTF-8, whatever the locale took it for
+            try:
+                text = os.fsencode(text).decode("utf-8")
+            except UnicodeError:
+                raise ValueError("must be UTF-8")
+        return option.parse(text)
     except ValueError as error:
         raise InvalidError(str(error), where=source)
 
@@ -437,64 +419,53 @@ def resolve(argv, environ):
     A flag beats its variable, and that the default. Raises InvalidError.
     """
     given, command = parse_command_line(argv)
-    settings = Settings()
-    settings.command = command
+    settings = Settings(command)
     for option in OPTIONS:
-        flag, text = given.get(option.name, (None, None))
-        settings[option.name] = None if option.default is None else option.parse(option.default)
-        if flag:
-            settings.sources[option.name] = flag
-            settings[option.name] = read_option(option, flag, text)
-        elif option.in_environment and environ.get(option.variable):
+        if option.name in given:
+            settings.sources[option.name], text = given[option.name]
+            settings[option.name] = read_option(option, settings.sources[option.name], text)
+        elif option.variable and environ.get(option.variable):
             settings.sources[option.name] = option.variable
             try:
-                settings[option.name] = read_option(option, None, environ[option.variable])
+                settings[option.name] = read_option(option, option.variable, environ[option.variable])
             except InvalidError as error:
                 if command is None:
                     raise
                 settings.trouble = settings.trouble or error
-    if not any(settings[name] for name in ("help", "version", "completion")):
-        settle_sources(settings)
-        settle_combinations(settings)
+    if not (settings["help"] or settings["version"] or settings["completion"]):
+        settle(settings)
     return settings
 
 
-def settle_sources(settings):
-    """Leave one source of records in settings; what the command line says beats the environment."""
+def settle(settings):
+    """Refuse flags that contradict each other; of variables, drop those that are about another kind of run."""
     sources = [name for name in ("file", "stdin") if settings[name]]
-    from_flags = [name for name in sources if settings.from_flag(name)]
-    if settings.command is not None:
-        if from_flags:
-            raise InvalidError("cannot be combined with a command after --", where=settings.sources[from_flags[0]])
-        chosen = []
-    else:
-        chosen = from_flags or sources
+    flags = [name for name in sources if settings.from_flag(name)]
+    chosen = flags if flags or settings.command else sources
     if len(chosen) > 1:
         raise InvalidError("one source of records, please: {} or {}".format(*(settings.sources[n] for n in chosen)))
     for name in sources:
         if name not in chosen:
             settings[name] = None
-
-
-def settle_combinations(settings):
-    """Refuse flags that contradict each other; of variables, drop those that are about another kind of run."""
-    with_command = "cannot be combined with a command after --"
+    needs_command, no_command = "needs a command after --", "cannot be combined with a command after --"
     rules = (
+        ("file", not settings.command, no_command),
+        ("stdin", not settings.command, no_command),
         ("ndjson", settings["file"] or settings["stdin"], "needs --file or --stdin"),
         ("no-flush", settings["async"], "needs --async"),
-        ("command-timeout", settings.command, "needs a command after --"),
-        ("strict", settings.command, "needs a command after --"),
-        ("json", not settings.command, with_command),
-        ("health", not settings.command, with_command),
-        ("dry-run", not settings.command, with_command),
-        ("output", not settings.command or settings["output"] != "-", "- " + with_command),
+        ("command-timeout", settings.command, needs_command),
+        ("strict", settings.command, needs_command),
+        ("json", not settings.command, no_command),
+        ("health", not settings.command, no_command),
+        ("dry-run", not settings.command, no_command),
+        ("output", not settings.command or settings["output"] != "-", "- " + no_command),
     )
     for name, holds, why in rules:
         if settings[name] and not holds:
             error = InvalidError(why, where=settings.sources[name])
             if settings.from_flag(name):
                 raise error
-            if name in ("dry-run", "output"):  # the user may rely on these to keep the event from being sent
+            if name in ("dry-run", "output"):  # whoever set these may rely on the event not being sent
                 settings.trouble = settings.trouble or error
             settings[name] = None
     if settings.from_flag("api-key-file") and not settings.from_flag("api-key"):
@@ -503,37 +474,37 @@ def settle_combinations(settings):
         settings["api-key-file"] = None
 
 
-# ---- Texts: what people read, derived from the table; nothing is printed here ------------------------------------
+# ---- Texts: what people read, derived from the table; nothing is printed here ------------------------------
 
-EXIT_CODES = re.findall(r"^  (\S+)  (.+)$", __doc__ or "", re.MULTILINE)
-USAGE = (
-    "packtrack-logger [FLAGS] --workflow-id ID ... --message TEXT",
-    "packtrack-logger [FLAGS] --file PATH [--ndjson]",
-    "packtrack-logger [FLAGS] --stdin [--ndjson]",
-    "packtrack-logger [FLAGS] -- COMMAND [ARG...]",
-)
-EXAMPLES = (
-    "packtrack-logger --source-system shop --workflow-id wf-1 --actor-type agent \\\n"
-    "      --actor-id a-42 --severity info --status ok --message 'checkout completed'",
-    "packtrack-logger --stdin --ndjson --gzip --undelivered left.ndjson < events.ndjson",
-    "packtrack-logger --source-system cron --workflow-id backup --actor-type host \\\n"
-    "      --actor-id db1 -- /usr/local/bin/backup.sh --full",
-)
+USAGE = """Usage:
+  packtrack-logger [FLAGS] --workflow-id ID ... --message TEXT
+  packtrack-logger [FLAGS] --file PATH [--ndjson]
+  packtrack-logger [FLAGS] --stdin [--ndjson]
+  packtrack-logger [FLAGS] -- COMMAND [ARG...]
+"""
+EXAMPLES = """
+Examples:
+  packtrack-logger --source-system shop --workflow-id wf-1 --actor-type agent \\
+      --actor-id a-42 --severity info --status ok --message 'checkout completed'
+  packtrack-logger --stdin --ndjson --undelivered left.ndjson < events.ndjson
+  packtrack-logger --source-system cron --workflow-id backup --actor-type host \\
+      --actor-id db1 -- /usr/local/bin/backup.sh --full
+"""
 QUOTED = 200
 
 
 def printable(text):
     """Return text on one line, without control characters, of at most 200 characters."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return " ".join(text.split())[:QUOTED]
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:QUOTED]
 
 
 def redact(text, secrets):
     """Return text with every secret cut out, also where it was escaped for JSON, HTML or a URL."""
-    for secret in filter(None, secrets):
+    for secret in secrets:
         from urllib.parse import quote
-        forms = {secret, json.dumps(secret)[1:-1], quote(secret), quote(secret, safe="")}
-        forms.add(secret.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+        forms = {secret, json.dumps(secret)[1:-1], quote(secret), quote(secret, safe=""),
+                 secret.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}
         for form in sorted(forms, key=len, reverse=True):
             text = text.replace(form, "***")
     return text
@@ -547,48 +518,53 @@ def nearest(word, known):
     return "; did you mean {}?".format(found[0]) if found else ""
 
 
-def usage_text():
-    """Return the short usage."""
-    return "Usage:\n  {}\nSee packtrack-logger --help.\n".format("\n  ".join(USAGE))
+def exit_codes():
+    """Return the pairs of exit code and meaning that the module's docstring lists."""
+    return re.findall(r"^  (\S+)  (.+)$", __doc__ or "", re.MULTILINE)
+
+
+def about(option):
+    """Return what an option is for, with its choices."""
+    return " ".join([option.help] + [", ".join(option.choices)] * bool(option.choices))
 
 
 def help_text():
     """Return --help: at most 80 columns, and never a value of the environment."""
     import textwrap
 
-    lines = ["Send PackTrack events: from flags, a JSON file, an array, NDJSON or a command.", "", "Usage:"]
-    lines += ["  " + usage for usage in USAGE]
-    for group in (CORE, EVENT, INPUT, DELIVERY, DIAGNOSTICS, ASYNC, COMMAND):
-        lines += ["", group + (" (with --file or --stdin: defaults for what records lack):" if group is EVENT else ":")]
+    def entry(name, text, width):
+        lines = textwrap.wrap(text, 80 - width, break_long_words=False, break_on_hyphens=False)
+        if len(name) >= width:
+            lines.insert(0, "")
+        return [name.ljust(width) + lines[0]] + [" " * width + line for line in lines[1:]]
+
+    lines = ["Send PackTrack events: from flags, JSON, NDJSON, or on how a command ended.", "", USAGE.rstrip()]
+    for group in GROUPS:
+        lines += ["", group + (" (for records from an input: what they lack)" if group is EVENT else "") + ":"]
         for option in OPTIONS:
             if option.group is group:
-                flag = "  {}{} {}".format(
-                    option.short + ", " if option.short else "", option.flag, option.metavar or "").rstrip()
-                about = " ".join([option.help] + [", ".join(option.choices)] * bool(option.choices))
-                facts = [option.variable] * option.in_environment + ["default {}".format(option.default)] * bool(option.default)
-                about += " [{}]".format(", ".join(facts)) if facts else ""
-                width = 26
-                lines += textwrap.wrap(about, 80, initial_indent=flag.ljust(width - 1) + " ",
-                                       subsequent_indent=" " * width, break_long_words=False, break_on_hyphens=False)
-    lines += ["", "A boolean flag has a --no- form. Each flag beats its variable, and that the default.", ""]
-    lines += ["Exit codes:"]
-    for code, meaning in EXIT_CODES:
-        lines += textwrap.wrap(meaning, 80, initial_indent="  {:<6}".format(code), subsequent_indent=" " * 8)
-    lines += ["  With a command: the command's own, 124 after --command-timeout.", "", "Examples:"]
-    return "\n".join(lines + ["  " + example for example in EXAMPLES]) + "\n"
+                flag = "  {}{}{}".format(option.short + ", " if option.short else "", option.flag,
+                                         " " + option.metavar if option.metavar else "")
+                facts = [option.variable] if option.variable else []
+                facts += ["default " + option.default] if option.default else []
+                lines += entry(flag, about(option) + (" [{}]".format(", ".join(facts)) if facts else ""), 26)
+    lines += ["", "A boolean flag has a --no- form. A flag beats its variable, that the default.",
+              "", "Exit codes:"]
+    for code, meaning in exit_codes():
+        lines += entry("  " + code, meaning, 10)
+    return "\n".join(lines + entry("", "With a command: the command's own, and 124 after --command-timeout.", 10)
+                     ) + "\n" + EXAMPLES
 
 
 def readme_tables():
-    """Return the README's two tables, {"options": text, "exit-codes": text}, in Markdown."""
+    """Return the README's two tables in Markdown: {"options": text, "exit-codes": text}."""
     rows = ["| flag | variable | default | what it does |", "|---|---|---|---|"]
     for option in OPTIONS:
-        flag = "`{}`".format(" ".join(filter(None, (option.flag, option.metavar))))
-        about = " ".join([option.help] + [", ".join("`{}`".format(c) for c in option.choices)] * bool(option.choices))
-        rows.append("| {}{} | {} | {} | {} |".format(
-            "`{}`, ".format(option.short) if option.short else "", flag,
-            "`{}`".format(option.variable) if option.in_environment else "",
-            "`{}`".format(option.default) if option.default else "", about.replace("|", "\\|")))
-    codes = ["| exit code | meaning |", "|---|---|"] + ["| {} | {} |".format(*row) for row in EXIT_CODES]
+        flags = [option.short] * bool(option.short) + [" ".join(filter(None, (option.flag, option.metavar)))]
+        cells = [", ".join("`{}`".format(flag) for flag in flags)]
+        cells += ["`{}`".format(cell) if cell else "" for cell in (option.variable, option.default)]
+        rows.append("| {} | {} |".format(" | ".join(cells), about(option)))
+    codes = ["| exit code | meaning |", "|---|---|"] + ["| {} | {} |".format(*row) for row in exit_codes()]
     return {"options": "\n".join(rows) + "\n", "exit-codes": "\n".join(codes) + "\n"}
 
 
@@ -599,11 +575,11 @@ def completion(shell):
 
 def bash_completion():
     """For bash 3.2 or later; where it proposes nothing, the shell's own file names stand in."""
-    words = " ".join(flag for option in OPTIONS for flag in option.flags)
     cases = "".join(
         '        {}) COMPREPLY=($(compgen -W "{}" -- "$cur")); return ;;\n'.format(option.flag, " ".join(option.choices))
         for option in OPTIONS if option.choices)
     values = "|".join(option.flag for option in OPTIONS if not (option.is_boolean or option.choices))
+    words = " ".join(flag for option in OPTIONS for flag in option.flags)
     return """_packtrack_logger() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} i
     COMPREPLY=()
@@ -627,12 +603,12 @@ def zsh_completion():
     """For a file _packtrack-logger on $fpath, or to be sourced after compinit."""
     lines = []
     for option in OPTIONS:
-        about = re.sub(r"([][:\\])", r"\\\1", option.help.rstrip(":")).replace("'", "'\\''")
         value = ""
         if not option.is_boolean:
-            what = "({})".format(" ".join(option.choices)) if option.choices else "_files" if option.path else " "
-            value = ":{}:{}".format(option.metavar, what)
-        lines += ["    '{}[{}]{}' \\".format(flag, about, value) for flag in option.flags]
+            words = "({})".format(" ".join(option.choices)) if option.choices else "_files" if option.path else " "
+            value = ":{}:{}".format(option.metavar, words)
+        text = re.sub(r"([][:\\])", r"\\\1", option.help.rstrip(":")).replace("'", "'\\''")
+        lines += ["    '{}[{}]{}' \\".format(flag, text, value) for flag in option.flags]
     return """#compdef packtrack-logger packtrack-logger.pyz
 _packtrack_logger() {
   _arguments -S \\
@@ -651,17 +627,15 @@ def fish_completion():
     """To be sourced, or kept in fish's completions directory."""
     lines = []
     for option in OPTIONS:
-        value = ""
-        if not option.is_boolean:
-            value = " -x -a '{}'".format(" ".join(option.choices)) if option.choices else " -r -F" if option.path else " -x"
-        about = option.help.rstrip(":").replace("'", "\\'")
+        words = " -x -a '{}'".format(" ".join(option.choices)) if option.choices else " -r -F" if option.path else " -x"
         for flag in option.flags:
-            kind = "-l " + flag[2:] if flag.startswith("--") else "-s " + flag[1:]
-            lines.append("complete -c packtrack-logger -f {}{} -d '{}'".format(kind, value, about))
+            lines.append("complete -c packtrack-logger -f {}{} -d '{}'".format(
+                "-l " + flag[2:] if flag.startswith("--") else "-s " + flag[1:], "" if option.is_boolean else words,
+                option.help.rstrip(":").replace("'", "\\'")))
     return "\n".join(lines) + "\n"
 
 
-# ---- Events: pure functions from records to records; no files, no clock ------------------------------------------
+# ---- Events: pure functions from records to records; no files, no clock ------------------------------------
 
 FIELDS = ("timestamp", "source", "workflow", "actor", "severity", "status", "message", "metadata", "extra")
 PARTS = {
@@ -670,12 +644,15 @@ PARTS = {
     "actor": ("type", "id", "display_name"),
 }
 REQUIRED = ("source.system", "workflow.id", "actor.type", "actor.id", "severity", "status", "message")
-# A part's other names belong to its id: a default for them sticks to no other id.
+TEXTS = ("timestamp", "severity", "status", "message") + tuple(
+    "{}.{}".format(part, name) for part in PARTS for name in PARTS[part])
+OBJECTS = ("metadata", "extra")
+# A part's other names belong to its id, so a default for them is for no other id; the actor's type does not.
 ANCHORS = {"source": "system", "workflow": "id", "actor": "id"}
 MAX_RECORD = 16 << 20
 MAX_DEPTH = 500
 MAX_DIGITS = 4300
-skip_blanks = re.compile(r"[ \t\r\n]*").match
+JSON_BLANKS = " \t\r\n"
 
 
 def _finite(text):
@@ -706,11 +683,11 @@ def bulk_fault(text):
             in_string = not in_string
         elif in_string or token[0] == "\\":
             continue
-        elif token in ("[", "{"):
+        elif token in "[{":
             depth += 1
             if depth > MAX_DEPTH:
                 return "more than {} levels of nesting".format(MAX_DEPTH)
-        elif token in ("]", "}"):
+        elif token in "]}":
             depth -= 1
         else:
             return "a number of more than {} digits".format(MAX_DIGITS)
@@ -718,15 +695,14 @@ def bulk_fault(text):
 
 
 def json_fault(error):
-    """Return what an error of scan_once says, in words that quote nothing."""
+    """Return what an error of scan_once says, in words that quote nothing, and its position or None."""
     if isinstance(error, RecursionError):
-        return "more than {} levels of nesting".format(MAX_DEPTH)
+        return "more than {} levels of nesting".format(MAX_DEPTH), None
     if isinstance(error, StopIteration):
-        return "not JSON: a value is expected"
-    message = getattr(error, "msg", None)  # of a JSONDecodeError; other ValueErrors are _finite's and _no_constant's
-    if not message:
-        return str(error)
-    return "not JSON: " + (message[:1].lower() + message[1:]).replace(" starting at", "")
+        return "not JSON: a value is expected", error.value
+    if not isinstance(error, json.JSONDecodeError):  # a ValueError of _finite's or _no_constant's
+        return str(error), None
+    return "not JSON: " + (error.msg[:1].lower() + error.msg[1:]).replace(" starting at", ""), error.pos
 
 
 def parse_json(text):
@@ -734,19 +710,18 @@ def parse_json(text):
     fault, position = bulk_fault(text), None
     if fault is None:
         try:
-            value, end = scan_once(text, skip_blanks(text).end())
-            position = skip_blanks(text, end).end()
-            if position == len(text):
+            value, end = scan_once(text, len(text) - len(text.lstrip(JSON_BLANKS)))
+            if not text[end:].strip(JSON_BLANKS):
                 return value
-            fault = "not JSON: something follows the value"
+            fault, position = "not JSON: something follows the value", end
         except (ValueError, StopIteration, RecursionError) as error:
-            fault, position = json_fault(error), getattr(error, "pos", getattr(error, "value", None))
+            fault, position = json_fault(error)
     raise InputError(fault if position is None else "{} at column {}".format(
         fault, position - text.rfind("\n", 0, position)))
 
 
 def dump_json(value):
-    """Return value as the bytes of compact JSON on one line."""
+    """Return value as the bytes of compact JSON on one line. Raises InvalidError where JSON has no such value."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only hold escaped
@@ -756,32 +731,27 @@ def dump_json(value):
 
 
 def check_event(event):
-    """Raise InvalidError, which names the field, unless event is a complete and valid event (a dict)."""
+    """Raise InvalidError, which names the field, unless event (a dict) is a complete and valid event."""
     _check_names("", event, FIELDS)
-    for part, names in PARTS.items():
+    for part in tuple(PARTS) + OBJECTS:
         if event.get(part) is not None:
             if type(event[part]) is not dict:
                 raise InvalidError("must be an object", where=part)
-            _check_names(part + ".", event[part], names)
+            if part in PARTS:
+                _check_names(part + ".", event[part], PARTS[part])
     for path in ("timestamp",) + REQUIRED:
         value = _value(event, path)
         if value is None or value == "":
             raise InvalidError("is required" if value is None else "must not be empty", where=path)
-    for path in ("timestamp", "severity", "status", "message") + tuple(
-            "{}.{}".format(part, name) for part, names in PARTS.items() for name in names):
+    for path in TEXTS:
         value = _value(event, path)
         if value is not None and type(value) is not str:
             raise InvalidError("must be a string", where=path)
-    for path, choices in (("severity", SEVERITIES), ("status", STATUSES)):
-        if event[path] not in choices:
-            raise InvalidError(wrong_choice(event[path], choices), where=path)
-    try:
-        parse_timestamp(event["timestamp"])
-    except ValueError as error:
-        raise InvalidError(str(error), where="timestamp")
-    for name in ("metadata", "extra"):
-        if event.get(name) is not None and type(event[name]) is not dict:
-            raise InvalidError("must be an object", where=name)
+    for path, parse in (("severity", one_of(*SEVERITIES)), ("status", one_of(*STATUSES)), ("timestamp", parse_timestamp)):
+        try:
+            parse(event[path])
+        except ValueError as error:
+            raise InvalidError(str(error), where=path)
 
 
 def _value(event, path):
@@ -803,19 +773,17 @@ def complete_event(event, defaults, now):
     defaults: an event of any fields. now: the timestamp, text, of an event that has none. What the event says wins.
     Raises InvalidError if the result is not a valid event.
     """
-    known = {name: event[name] for name in event if event[name] is not None}
     result = {}
-    for name in FIELDS + tuple(name for name in known if name not in FIELDS):
-        own, default = known.get(name), defaults.get(name)
+    for name in FIELDS + tuple(name for name in event if name not in FIELDS):
+        own, default = event.get(name), defaults.get(name)
         if name in PARTS and (own is None or type(own) is dict):
             own = {key: own[key] for key in own if own[key] is not None} if own else {}
-            anchor = ANCHORS[name]
-            default = default or {}
+            default, anchor = default or {}, ANCHORS[name]
             if anchor in own and own[anchor] != default.get(anchor):
-                default = {key: default[key] for key in default if key in ("type",)}
-            own = _merge(own, default)
-        elif name in ("metadata", "extra") and type(own) is dict and default:
-            own = _merge(own, default)
+                default = {key: default[key] for key in default if key == "type"}
+            own = dict(default, **own) if not own else _merge(own, default)
+        elif name in OBJECTS and type(own) is dict:
+            own = _merge(own, default or {})
         elif own is None:
             own = default or (now if name == "timestamp" else None)
         if own is not None and not (name in PARTS and not own):
@@ -825,10 +793,7 @@ def complete_event(event, defaults, now):
 
 
 def _merge(own, default):
-    merged = dict(own)
-    for key in default:
-        merged.setdefault(key, default[key])
-    return merged
+    return dict(own, **{key: default[key] for key in default if key not in own})
 
 
 def completeness_test(defaults):
@@ -839,13 +804,15 @@ def completeness_test(defaults):
     """
     timestamp, join = re.compile(TIMESTAMP).match, "".join
     severities, statuses = frozenset(SEVERITIES), frozenset(STATUSES)
+    wanted = [(part, name) for part in tuple(PARTS) + OBJECTS for name in defaults.get(part, ())]
 
     def is_complete(event):
         try:
             source, workflow, actor, message = event["source"], event["workflow"], event["actor"], event["message"]
-            join(source.values())
-            join(workflow.values())
-            join(actor.values())
+            if not (event["severity"] in severities and event["status"] in statuses and timestamp(event["timestamp"])
+                    and source["system"] and workflow["id"] and actor["type"] and actor["id"] and message):
+                return False
+            join((message, *source.values(), *workflow.values(), *actor.values()))
             known = 7
             if "metadata" in event:
                 known = 8
@@ -855,17 +822,11 @@ def completeness_test(defaults):
                 known += 1
                 if type(event["extra"]) is not dict:
                     return False
-            return (
-                len(event) == known and type(message) is str and message != ""
-                and event["severity"] in severities and event["status"] in statuses
-                and source["system"] != "" and workflow["id"] != "" and actor["type"] != "" and actor["id"] != ""
-                and len(source) == 1 + ("env" in source) and len(actor) == 2 + ("display_name" in actor)
-                and len(workflow) == 1 + ("name" in workflow) + ("run_id" in workflow) + ("step_id" in workflow)
-                and timestamp(event["timestamp"]) is not None)
+            return (len(event) == known
+                    and len(source) == 1 + ("env" in source) and len(actor) == 2 + ("display_name" in actor)
+                    and len(workflow) == 1 + ("name" in workflow) + ("run_id" in workflow) + ("step_id" in workflow))
         except (KeyError, TypeError, AttributeError):
             return False
-
-    wanted = [(part, name) for part in tuple(PARTS) + ("metadata", "extra") for name in defaults.get(part, ())]
 
     def lacks_nothing(event):
         if is_complete(event):
@@ -882,12 +843,11 @@ def event_defaults(settings):
     """Return the defaults that the event options give: an event of any fields."""
     defaults = {}
     for option in EVENT_OPTIONS:
-        value = settings[option.name]
-        if value:
+        if settings[option.name]:
             place = defaults
             for name in option.field[:-1]:
                 place = place.setdefault(name, {})
-            place[option.field[-1]] = value
+            place[option.field[-1]] = settings[option.name]
     return defaults
 
 
@@ -897,21 +857,20 @@ def utc_timestamp(seconds):
     return "{}.{:06d}Z".format(time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)), int((seconds - whole) * 1e6))
 
 
-# ---- Input: from streams to records; no network ------------------------------------------------------------------
+# ---- Input: from streams to records; no network ------------------------------------------------------------
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 SPOOL_IN_MEMORY = 4 << 20
 BULKY = 1000
 BLANK = b" \t\r\n"
 BOM = b"\xef\xbb\xbf"
-skip_to_object = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)").match
 
 
 class Watch:
     """Bounds whatever waits: by the run's deadline, and by INT and TERM.
 
-    Waiting is done inside `with watch:`. Only there does a signal raise Interrupted, so that no accounting is cut in
-    two; elsewhere it is noted, and raised where the next wait begins.
+    Waiting is done inside `with watch:`. Only there does a signal raise Interrupted, so that no accounting is cut
+    in two; elsewhere it is noted, and raised where the next wait begins.
     seconds: the deadline of the run from now, or None. now, pause: the monotonic clock and the way to sleep.
     """
 
@@ -921,31 +880,35 @@ class Watch:
 
     def handle_signal(self, number, frame=None):
         """The handler of INT and TERM."""
-        self.signal = self.signal or number
-        self.signals += 1
+        self.signal, self.signals = self.signal or number, self.signals + 1
         if self._waiting:
             self._waiting = False
             raise Interrupted()
 
     def __enter__(self):
         self._waiting = True
-        if self.signal:
-            self._waiting = False
-            raise Interrupted()
+        self.check()
 
     def __exit__(self, *_):
         self._waiting = False
 
+    def check(self):
+        """Raise Interrupted if a signal came."""
+        if self.signal:
+            self._waiting = False
+            raise Interrupted()
+
     def left(self, limit=None):
-        """Return the seconds left, at most limit; None is no limit. Raises RetriesExhaustedError past the deadline."""
+        """Return the seconds left, at most limit; None: no limit. Raises RetriesExhaustedError past the deadline."""
         if self.deadline is None:
             return limit
         left = self.deadline - self.now()
         if left <= 0:
-            raise RetriesExhaustedError("the run's deadline has passed", kind="deadline")
+            raise RetriesExhaustedError("the run's deadline has passed", kind="deadline", ends_run=True)
         return left if limit is None else min(left, limit)
 
     def sleep(self, seconds):
+        """Wait for some seconds."""
         with self:
             self.pause(seconds)
 
@@ -960,9 +923,9 @@ class ThreadWatch(Watch):
     def __init__(self, deadline=None):
         import threading
 
-        bell = threading.Event()
-        super().__init__(pause=bell.wait)
-        self.deadline, self._bell = deadline, bell
+        self._bell = threading.Event()
+        super().__init__(pause=self._bell.wait)
+        self.deadline = deadline
 
     def stop(self):
         super().stop()
@@ -970,7 +933,7 @@ class ThreadWatch(Watch):
 
 
 class Source:
-    """A file, a pipe or standard input, open for reading.
+    """A file, a pipe or standard input ("-"), open for reading.
 
     name: for messages. is_file: whether it is a regular file, which can be read twice. Raises InputError.
     """
@@ -978,8 +941,7 @@ class Source:
     def __init__(self, path, watch):
         import stat
 
-        self.watch, self._waiting_error = watch, None
-        self.name = "standard input" if path == "-" else printable(os.fsencode(path).decode("utf-8", "replace"))
+        self.name, self._watch, self._late = display(path, "standard input"), watch, None
         try:
             if path != "-":
                 self.raw = io.FileIO(self._open(path, stat.S_ISFIFO(os.stat(path).st_mode)))
@@ -989,7 +951,6 @@ class Source:
                 self.raw = io.FileIO(0, closefd=False)
             self.mode = os.fstat(self.raw.fileno()).st_mode
             self.is_file = stat.S_ISREG(self.mode)
-            self.size = os.fstat(self.raw.fileno()).st_size if self.is_file else None
             self.base = self.raw.tell() if self.is_file else 0
         except (OSError, ValueError) as error:
             raise InputError("cannot be read: " + reason(error), where=self.name)
@@ -997,20 +958,19 @@ class Source:
     def _open(self, path, is_fifo):
         # Opening a FIFO waits for its writer. Linux can wait in read() instead, where the deadline holds.
         flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-        if is_fifo and sys.platform.startswith("linux"):
-            descriptor = os.open(path, flags | os.O_NONBLOCK)
-            os.set_blocking(descriptor, True)
-            return descriptor
-        with self.watch:
-            return os.open(path, flags)
+        if not (is_fifo and sys.platform.startswith("linux")):
+            with self._watch:
+                return os.open(path, flags)
+        descriptor = os.open(path, flags | os.O_NONBLOCK)
+        os.set_blocking(descriptor, True)
+        return descriptor
 
     def read(self):
         """Return the bytes that are there, at most BLOCK; b"" at the end."""
         try:
             while True:
-                if self.is_file:
-                    self.watch.left()
-                else:
+                self._watch.left()
+                if not self.is_file:
                     self._wait()
                 chunk = self.raw.read(BLOCK)
                 if chunk is not None:  # None: standard input is non-blocking, and another process was faster
@@ -1019,9 +979,9 @@ class Source:
             raise InputError("cannot be read: " + reason(error), where=self.name)
 
     def read_block(self):
-        """Return BLOCK bytes, or fewer at the end. What was read before a deadline or signal is returned before it."""
-        if self._waiting_error:
-            raise self._waiting_error
+        """Return BLOCK bytes, or fewer at the end; what came before a deadline or signal is returned before that."""
+        if self._late:
+            raise self._late
         chunks, size = [], 0
         try:
             while size < BLOCK:
@@ -1033,7 +993,7 @@ class Source:
         except (Interrupted, RetriesExhaustedError) as error:
             if not chunks:
                 raise
-            self._waiting_error = error
+            self._late = error
         return b"".join(chunks)
 
     def _wait(self):
@@ -1041,23 +1001,23 @@ class Source:
 
         if os.name == "nt":  # Windows can only wait for sockets there
             return
-        while True:
-            left = self.watch.left()
-            with self.watch:
+        ready = False
+        while not ready:
+            left = self._watch.left()
+            with self._watch:
                 if hasattr(select, "poll"):  # unlike select(), it takes descriptors past 1023
                     poll = select.poll()
                     poll.register(self.raw.fileno(), select.POLLIN)
-                    if poll.poll(None if left is None else left * 1000 + 1):
-                        return
-                elif select.select([self.raw], [], [], left)[0]:
-                    return
+                    ready = poll.poll(None if left is None else left * 1000 + 1)
+                else:
+                    ready = select.select([self.raw], [], [], left)[0]
 
     def close(self):
         self.raw.close()
 
 
 class Replay:
-    """Reads a source and later parts of it again: a regular file from itself, a pipe from what was kept of it."""
+    """Reads a source, and parts of it again: a regular file from itself, a pipe from what was kept of it."""
 
     def __init__(self, source, keep=True):
         self.source, self._spool = source, None
@@ -1080,15 +1040,14 @@ class Replay:
 
     def again(self, start, size):
         """Return size bytes from start on, fewer if they are no longer there."""
-        file, parts = (self.source.raw if self._spool is None else self._spool), []
+        file, data = (self.source.raw if self._spool is None else self._spool), b""
         file.seek(self.source.base + start)
-        while size > 0:
-            part = file.read(min(size, BLOCK))
+        while len(data) < size:
+            part = file.read(size - len(data))
             if not part:
                 break
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+            data += part
+        return data
 
     def close(self):
         if self._spool is not None:
@@ -1097,17 +1056,44 @@ class Replay:
 
 
 class Block:
-    """Records that were read together.
+    """Records that were read together; after note(), where to find them again.
 
     records: their bytes, as they will be sent; those that are refused, as they came. errors: {index: why refused}.
-    start, data: where the first begins in the stream, and the stream's bytes from there to the end of the last.
-    broken: the last one is the whole rest of the stream, in which records cannot be told apart; start holds for it.
+    start: where the first begins in the stream. data: the stream's bytes from there to the end of the last. as_came:
+    they are lines, none of them blank or completed. broken: the only record is the whole rest of the stream, in which
+    records cannot be told apart.
     """
 
-    __slots__ = ("records", "errors", "start", "data", "broken")
+    __slots__ = ("records", "errors", "start", "data", "as_came", "broken", "size", "checksum", "count", "gap")
 
-    def __init__(self, records, errors, start, data, broken=False):
-        self.records, self.errors, self.start, self.data, self.broken = records, errors, start, data, broken
+    def __init__(self, records, errors, start, data, as_came=False, broken=False):
+        self.records, self.errors, self.start, self.data = records, errors, start, data
+        self.as_came, self.broken = as_came, broken
+
+    def note(self):
+        """Forget the bytes, and remember what a second reading needs."""
+        from zlib import crc32
+
+        # Lines as they came, with one byte between any two, which can but be the line break.
+        plain = self.as_came and sum(map(len, self.records)) + len(self.records) - 1 == len(self.data)
+
+        self.size, self.checksum, self.count, self.gap = len(self.data), crc32(self.data), len(self.records), None
+        if self.records and not self.errors:
+            # If cutting at the gap between the first two gives the very records, the second reading need not parse.
+            length = len(self.records[0])
+            gap = self.data[length:self.data.find(b"{", length)] if self.count > 1 else b"\n"
+            if gap and (plain or cut_records(self.data, gap) == self.records):
+                self.gap = gap
+        self.records = self.errors = self.data = None
+
+    def read_again(self, replay, scanner):
+        """Return the records, and {index: error}. Raises InputError if they are not what they were."""
+        from zlib import crc32
+
+        data = replay.again(self.start, self.size)
+        if len(data) != self.size or crc32(data) != self.checksum:
+            raise InputError("was changed while it was being sent", where=scanner.name)
+        return (cut_records(data, self.gap), {}) if self.gap else scanner.scan_again(data)
 
 
 def cut_records(data, gap):
@@ -1120,18 +1106,19 @@ def cut_records(data, gap):
 class Scanner:
     """Cuts bytes into records, validates and completes them.
 
-    name: of the source, for errors. ndjson: one record a line, else a JSON object or array. defaults: for complete_event.
-    single: after reading, whether it was one object. count: records so far, refused ones included.
+    name: of the source, for errors. ndjson: one record a line, else a JSON object or array. defaults: see
+    complete_event. single: after reading, whether it was one object.
     """
 
     def __init__(self, name, ndjson, defaults):
-        self.name, self.ndjson, self.defaults = name, ndjson, defaults
-        self.single, self.count = False, 0
+        self.name, self.ndjson, self.defaults, self.single = name, ndjson, defaults, False
         self._is_complete = completeness_test(defaults)
+        self._skip_blanks = re.compile(r"[ \t\r\n]*").match
+        self._skip_to_object = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)").match
 
     def blocks(self, read):
-        """Yield the Blocks of a stream; read() returns its next bytes, b"" at the end. Raises InputError if it is empty."""
-        head = b""
+        """Yield the Blocks of a stream; read() returns its next bytes, b"" at the end. Raises InputError if empty."""
+        head, empty = b"", True
         while len(head) < 4:
             chunk = read()
             if not chunk:
@@ -1141,15 +1128,16 @@ class Scanner:
             raise InputError("is UTF-16; convert it to UTF-8", where=self.name)
         start = len(BOM) if head.startswith(BOM) else 0
         for block in (self._lines if self.ndjson else self._elements)(read, head[start:], start):
-            self.count += len(block.records)
-            yield block
-        if not self.count:
-            raise InputError("holds no event", where=self.name)
+            if block.records:
+                empty = False
+                yield block
+        if empty:
+            raise InputError("is empty: there is no event in it", where=self.name)
 
     def scan_again(self, data):
         """Return the records and errors of a Block from its data."""
         if self.ndjson:
-            block = self._line_block(data, 0, 1)
+            block = self._line_block(data, 0, 1)[0]
             return block.records, block.errors
         return self._element_block(data if self.single else data + b"]", 0, False, True, 1)[:2]
 
@@ -1158,10 +1146,9 @@ class Scanner:
         while not final:
             end = data.rfind(b"\n") + 1
             if end:
-                yield self._line_block(data[:end], start, line)
-                line += data.count(b"\n", 0, end)
-                start += end
-                data = data[end:]
+                block, lines = self._line_block(data[:end], start, line)
+                yield block
+                line, start, data = line + lines, start + end, data[end:]
             elif len(data) > MAX_RECORD:
                 yield self._broken(data, start, line, 0, "a line of more than 16 MiB")
                 return
@@ -1169,14 +1156,13 @@ class Scanner:
             final = not chunk
             data += chunk
         if data:
-            yield self._line_block(data, start, line)
+            yield self._line_block(data, start, line)[0]
 
     def _line_block(self, data, start, line):
-        """Return the Block of whole lines."""
-        records, errors, size = [], {}, len(data)
+        """Return the Block of whole lines, and how many they are."""
+        records, errors, blanks, as_came, position, size = [], {}, 0, True, 0, len(data)
         text, valid = as_text(data)
         is_complete, scan, find, append = self._is_complete, scan_once, text.find, records.append
-        position = 0
         while position < size:
             end = find("\n", position)
             if end < 0:
@@ -1184,24 +1170,28 @@ class Scanner:
             try:
                 event, stop = scan(text, position)
                 if (valid and is_complete(event)
-                        and (stop == end or stop < end and not text[stop:end].strip(" \t\r"))
+                        and (stop == end or stop < end and not text[stop:end].strip(JSON_BLANKS))
                         and (stop - position <= BULKY or bulk_fault(text[position:stop]) is None)):
                     append(data[position:stop])
                     position = end + 1
                     continue
             except (ValueError, StopIteration, RecursionError):
                 pass
-            raw = data[position:end].strip(BLANK)
+            raw, as_came = data[position:end].strip(BLANK), False
             if raw:
-                self._examine(raw, records, errors, data, position, line)
+                self._examine(raw, records, errors, line + len(records) + blanks)
+            else:
+                blanks += 1
             position = end + 1
-        if line == 1 and 0 in errors and (records[0][:1], records[0][-1:]) in ((b"{", b"{"), (b"[", b"["), (b"[", b",")):
+        edges = records[0][:1] + records[0][-1:] if records else b""
+        if line == 1 and 0 in errors and edges in (b"{{", b"[[", b"[,"):
             errors[0] = InputError(errors[0].args[0] + "; leave out --ndjson if this is one JSON object or array",
                                    where=errors[0].where)
         begin = size - len(data.lstrip(BLANK))
-        return Block(records, errors, start + begin, data[begin:].rstrip(BLANK))
+        block = Block(records, errors, start + begin, data[begin:].rstrip(BLANK), as_came)
+        return block, len(records) + blanks
 
-    def _examine(self, raw, records, errors, data, position, line):
+    def _examine(self, raw, records, errors, line):
         """Add the record whose bytes are raw to records, completed, or as it came with its error."""
         try:
             event = parse_json(raw.decode("utf-8"))
@@ -1212,12 +1202,11 @@ class Scanner:
         except (PackTrackError, UnicodeDecodeError) as error:
             if isinstance(error, UnicodeDecodeError):
                 error = InputError("not UTF-8")
-            errors[len(records)] = type(error)(str(error), where="{}:{}".format(
-                self.name, line + data.count(b"\n", 0, position)))
+            errors[len(records)] = type(error)(str(error), where="{}:{}".format(self.name, line))
             records.append(raw)
 
     def _broken(self, data, start, line, position, why):
-        """Return the Block of a stream in which no further record can be told apart."""
+        """Return the Block of the rest of a stream in which no record can be told apart."""
         where = "{}:{}".format(self.name, line + data.count(b"\n", 0, position))
         return Block([data.strip(BLANK)], {0: InputError(why, where=where)}, start, b"", broken=True)
 
@@ -1225,30 +1214,25 @@ class Scanner:
         """Yield the Blocks of one object or of an array, which is not kept longer than a block."""
         line, after, final = 1, False, not data
         while not final and not data.lstrip(BLANK):
-            line += data.count(b"\n")
-            start += len(data)
-            data = read()
+            line, start, data = line + data.count(b"\n"), start + len(data), read()
             final = not data
         begin = len(data) - len(data.lstrip(BLANK))
         self.single = data[begin:begin + 1] == b"{"
         if data and not self.single and data[begin:begin + 1] != b"[":
             yield self._broken(data, start, line, begin, "not a JSON object or array")
             return
-        position = begin + (not self.single)
+        position = begin if self.single else begin + 1
         while data:
             records, errors, first, end, after, why = self._element_block(data, position, after, final, line)
             if records:
                 yield Block(records, errors, start + first, data[first:end])
             if why is None:
                 return
-            if why or len(data) - end > MAX_RECORD:
-                line += data.count(b"\n", 0, end)
+            line, start, data, position = line + data.count(b"\n", 0, end), start + end, data[end:], max(0, position - end)
+            if why or len(data) > MAX_RECORD:
                 where, why = why or (end, "a record of more than 16 MiB")
-                yield self._broken(data[end:], start + end, line, where - end, why)
+                yield self._broken(data, start, line, where - end, why)
                 return
-            line += data.count(b"\n", 0, end)
-            start += end
-            data, position = data[end:], max(0, position - end)
             wanted = 2 * len(data)  # a record that was not whole is tried again when there is twice as much of it
             while not final and len(data) <= wanted:
                 chunk = read()
@@ -1258,12 +1242,12 @@ class Scanner:
     def _element_block(self, data, position, after, final, line):
         """Read elements from position on; after: an element, so a comma or the end comes first.
 
-        Return records, errors, where the first begins and the last ends, whether an element came before that end, and
-        None where the whole ended, () where more bytes are needed, or (position, why) where the JSON is wrong.
+        Return records, errors, where the first begins and the last ends, whether an element came before that end,
+        and None where the whole ended, () where more bytes are needed, or (position, why) where the JSON is wrong.
         """
-        records, errors, first, end, size = [], {}, None, position if after else 0, len(data)
+        records, errors, first, end, size = [], {}, 0, position if after else 0, len(data)
         text, valid = as_text(data)
-        is_complete, scan = self._is_complete, scan_once
+        is_complete, scan, skip_to_object = self._is_complete, scan_once, self._skip_to_object
         while True:
             match = skip_to_object(text, end) if after and not self.single else None
             if match:
@@ -1271,31 +1255,32 @@ class Scanner:
             else:
                 position, why = self._next_element(text, end if after else position, after, final)
                 if position is None:
-                    return records, errors, first, end, after, why
+                    break
             try:
                 event, stop = scan(text, position)
             except (ValueError, StopIteration, RecursionError) as error:
-                wrong = getattr(error, "pos", getattr(error, "value", None))
-                # Cut off by the end of the data, if it is at the end that it went wrong or in an open string.
-                if not final and wrong is not None and (size - wrong < 16 or "Unterminated" in str(error)):
-                    return records, errors, first, end, after, ()
-                return records, errors, first, end, after, (position if wrong is None else wrong, json_fault(error))
+                fault, place = json_fault(error)
+                # Cut off by the end of the data, if it is at the end that it went wrong, or in an open string.
+                cut_off = place is not None and (size - place < 16 or "nterminated" in fault)
+                why = () if cut_off and not final else (position if place is None else place, fault)
+                break
             if stop == size and not final:
-                return records, errors, first, end, after, ()
-            first = position if first is None else first
+                why = ()
+                break
+            first = first if records else position
             if valid and is_complete(event) and (
                     stop - position <= BULKY or bulk_fault(text[position:stop]) is None):
                 records.append(data[position:stop])
             else:
-                self._examine(data[position:stop], records, errors, data, position, line)
+                self._examine(data[position:stop], records, errors, line + data.count(b"\n", 0, position))
             end, after = stop, True
+        return records, errors, first, end, after, why
 
     def _next_element(self, text, position, after, final):
         """Return where the next element begins and (), or None and what _element_block says of it."""
-        size = len(text)
-        position = skip_blanks(text, position).end()
-        if after and position < size and text[position] == "," and not self.single:
-            position = skip_blanks(text, position + 1).end()
+        size, position = len(text), self._skip_blanks(text, position).end()
+        if after and text[position:position + 1] == "," and not self.single:
+            position = self._skip_blanks(text, position + 1).end()
             if position < size:
                 return position, ()
         if position == size:
@@ -1309,7 +1294,7 @@ class Scanner:
                           if text[position] == "{" else "not JSON: something follows the object")
         if text[position] != "]":
             return None, (position, "not JSON: a comma or the array's end is expected")
-        end = skip_blanks(text, position + 1).end()
+        end = self._skip_blanks(text, position + 1).end()
         if end < size:
             return None, (end, "not JSON: something follows the array")
         return None, None if final else ()
@@ -1323,10 +1308,15 @@ def as_text(data):
     """
     text = data.decode("latin-1")
     try:
-        codecs.utf_8_decode(data, "strict", False)  # False: the last character may be cut off by the end of a block
+        codecs.utf_8_decode(data, "strict", False)  # False: a block's end may cut off its last character
     except UnicodeDecodeError:
         return text, False
     return text, True
+
+
+def display(path, standard):
+    """Return a path for messages; "-" is the standard stream of that name."""
+    return standard if path == "-" else printable(os.fsencode(path).decode("utf-8", "replace"))
 
 
 def reason(error):
@@ -1335,13 +1325,11 @@ def reason(error):
     return words[:1].lower() + words[1:]
 
 
-# ---- Transport: requests, answers, whether and when to try again; nothing is printed here ------------------------
+# ---- Transport: requests, answers, whether and when to try again; nothing is printed here ------------------
 
-DEFAULT_BASE_URL = BY_NAME["base-url"].default
-DEFAULT_USER_AGENT = BY_NAME["user-agent"].default
+DEFAULT_BASE_URL, DEFAULT_USER_AGENT = BY_NAME["base-url"].default, BY_NAME["user-agent"].default
 LONGEST_RETRY_AFTER = 60.0
-MOST_OF_BODY = 1 << 20
-MOST_OF_ERROR = 1 << 16
+MOST_OF_BODY, MOST_OF_ERROR = 1 << 20, 1 << 16
 GRACE = 0.3
 ENDS_RUN = (401, 403, 404)
 HTTP_DATES = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")
@@ -1361,15 +1349,13 @@ def backoff_delay(number, initial, maximum, jitter, random):
 
 
 def parse_retry_after(value, now):
-    """Return the seconds that a Retry-After header asks for (RFC 9110, 10.2.3), or None where it is absent or nonsense.
+    """Return the seconds that a Retry-After header asks for (RFC 9110, 10.2.3), or None if it is absent or nonsense.
 
     value: the header's text or None. now: seconds since the epoch.
     """
     value = (value or "").strip(" \t")
-    if re.match(r"[0-9]{1,10}\Z", value):
+    if 0 < len(value) < 11 and not value.strip(DIGITS):
         return float(value)
-    if not re.match(r"[A-Z][A-Za-z0-9 ,:-]{19,40}\Z", value):
-        return None
     import calendar
 
     for form in HTTP_DATES:
@@ -1383,14 +1369,16 @@ def parse_retry_after(value, now):
 
 
 def look_up(host, port, left):
-    """Return the addresses of a host as getaddrinfo does; left() tells the seconds left. Raises OSError."""
+    """Return the addresses of a host as getaddrinfo does; left() tells the seconds left, or raises. Raises OSError."""
     import socket
-    import threading
 
+    host = host.encode("ascii")  # bytes: text would import the IDNA codec
     try:
         return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
     except socket.gaierror:
         pass  # a name
+    import threading
+
     found = []
 
     def resolve_name():
@@ -1402,9 +1390,8 @@ def look_up(host, port, left):
     # The resolver cannot be told a time limit, so it is left behind in a daemon thread when its time is up.
     thread = threading.Thread(target=resolve_name, daemon=True)
     thread.start()
-    thread.join(left())
-    if not found:
-        raise socket.timeout("looking up the name took too long")
+    while thread.is_alive():
+        thread.join(min(left(), PATIENCE))
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
@@ -1414,11 +1401,12 @@ class TimedSocket(io.RawIOBase):
     """A connected socket for http.client, whose every operation gets the time that is left of the attempt.
 
     A socket's own timeout starts anew with each byte, so a drip or an endless run of 1xx answers would outlive it.
+    received: bytes so far. at_end: whether the other side has closed.
     """
 
     def __init__(self, sock, left):
         super().__init__()
-        self.sock, self.left, self.received = sock, left, 0
+        self.sock, self.left, self.received, self.at_end, self._unsent = sock, left, 0, False, []
 
     def readable(self):
         return True
@@ -1427,20 +1415,26 @@ class TimedSocket(io.RawIOBase):
         self.sock.settimeout(self.left())
         count = self.sock.recv_into(buffer)
         self.received += count
+        self.at_end = not count
         return count
 
     def sendall(self, data):
-        sent = 0
+        """Keep data for send_off(): http.client gives headers and body apart, and they are better off in one packet."""
+        self._unsent.append(data)
+
+    def send_off(self):
+        """Send what was kept."""
+        data, sent, self._unsent = b"".join(self._unsent), 0, []
         with memoryview(data) as view:
             while sent < len(view):
                 self.sock.settimeout(self.left())
-                sent += self.sock.send(view[sent:sent + BLOCK])
+                sent += self.sock.send(view[sent:])
 
     def makefile(self, *_, **__):
         return io.BufferedReader(self)
 
     def close(self):
-        """http.client closes after each answer; the connection is ended by hang_up."""
+        """http.client closes after each answer; the connection is ended by hang_up()."""
 
     def is_idle(self):
         """Tell whether the connection is still open and nothing has come that was not asked for."""
@@ -1458,34 +1452,31 @@ class TimedSocket(io.RawIOBase):
 class KeptConnection:
     """The handler that urllib's OpenerDirector sends with: one connection, kept for the next request.
 
-    until: when the attempt has to end, by the clock now(). requests, bytes_sent: what was sent so far.
+    until: when the attempt has to end, by the watch's clock. requests, bytes_sent: what was sent so far.
     """
 
     handler_order = 500
 
-    def __init__(self, now):
-        self._now, self.until = now, 0.0
+    def __init__(self, watch):
+        self._watch, self.until, self.requests, self.bytes_sent = watch, 0.0, 0, 0
         self._socket = self._context = self._response_class = None
-        self.requests = self.bytes_sent = 0
 
     def add_parent(self, parent):
         """OpenerDirector asks this of a handler."""
 
     def http_open(self, request):
-        """Send a urllib Request; return the http.client.HTTPResponse with its headers read. Raises OSError and others."""
+        """Send a urllib Request; return the HTTPResponse with its headers read. Raises OSError and others."""
+        import socket
+
         fresh = self._socket is None or not self._socket.is_idle()
         if fresh:
-            self.close()
             self._connect(request)
         try:
             return self._exchange(request)
         except OSError as error:
-            import socket
-
             # Closed by the server just when it was used again: nothing was wrong with the request.
             if fresh or self._socket.received or isinstance(error, socket.timeout):
                 raise
-        self.close()
         self._connect(request)
         return self._exchange(request)
 
@@ -1514,7 +1505,8 @@ class KeptConnection:
 
     def _left(self):
         """Return the seconds left of the attempt."""
-        left = self.until - self._now()
+        self._watch.check()
+        left = self.until - self._watch.now()
         if left <= 0:
             import socket
 
@@ -1524,16 +1516,16 @@ class KeptConnection:
     def _connect(self, request):
         import socket
 
+        self.close()
         tunnel = getattr(request, "_tunnel_host", None)
-        host, port = split_host(request.host, 443 if request.type == "https" and not tunnel else 80)
-        addresses, fault = look_up(host, port, self._left), None
+        host, port = split_host(request.host, "443" if request.type == "https" and not tunnel else "80")
+        addresses, fault = look_up(host.strip("[]"), int(port), self._left), None
         for index, (family, kind, protocol, _, address) in enumerate(addresses):
-            sock = socket.socket(family, kind, protocol)
-            self._socket = TimedSocket(sock, self._left)
+            self._socket = TimedSocket(socket.socket(family, kind, protocol), self._left)
             try:
-                sock.settimeout(self._left() / (len(addresses) - index))
-                sock.connect(address)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._socket.sock.settimeout(self._left() / (len(addresses) - index))
+                self._socket.sock.connect(address)
+                self._socket.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 break
             except OSError as error:
                 fault = error
@@ -1541,27 +1533,25 @@ class KeptConnection:
         if self._socket is None:
             raise fault
         if tunnel:
-            self._ask_proxy(request, tunnel)
+            self._ask_proxy(request, ":".join(split_host(tunnel, "443")))
         if request.type == "https":
-            self._start_tls(split_host(tunnel, 443)[0] if tunnel else host)
+            self._start_tls(split_host(tunnel or request.host, None)[0].strip("[]"))
 
     def _ask_proxy(self, request, target):
         from http.client import HTTPResponse
 
-        host, port = split_host(target, 443)
-        target = "{}:{}".format("[{}]".format(host) if ":" in host else host, port)
-        lines = ["CONNECT {0} HTTP/1.1".format(target), "Host: " + target]
+        lines = ["CONNECT {} HTTP/1.1".format(target), "Host: " + target]
         if request.has_header("Proxy-authorization"):
             lines.append("Proxy-Authorization: " + request.get_header("Proxy-authorization"))
         self._socket.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
+        self._socket.send_off()
         response = HTTPResponse(self._socket, method="CONNECT")
         response.begin()
         if not 200 <= response.status <= 299:
-            message = "the proxy answered CONNECT with {}".format(status_words(response.status, response.reason))
+            message = "the proxy answered CONNECT with {}".format(status_words(response))
             if 500 <= response.status <= 599:
                 raise OSError(message)
             raise RefusedError(message, status=response.status, kind="proxy", ends_run=True)
-        self._socket.received = 0
 
     def _start_tls(self, host):
         try:
@@ -1576,14 +1566,15 @@ class KeptConnection:
         try:
             self._socket.sock.settimeout(self._left())
             self._socket.sock = self._context.wrap_socket(self._socket.sock, server_hostname=host.rstrip("."))
-        except (ssl.SSLError, ssl.CertificateError) as error:  # in 3.6 a wrong host is a CertificateError, a ValueError
-            if not (isinstance(error, ssl.CertificateError) or error.reason == "CERTIFICATE_VERIFY_FAILED"):
+        except (ssl.SSLError, ssl.CertificateError) as error:  # 3.6 has a ValueError, CertificateError, for a wrong host
+            if not isinstance(error, ssl.CertificateError) and error.reason != "CERTIFICATE_VERIFY_FAILED":
                 raise
+            words = printable(getattr(error, "verify_message", "") or str(error))
             raise RefusedError("the certificate of {} does not verify: {}; SSL_CERT_FILE can name your own roots".format(
-                host, printable(getattr(error, "verify_message", "") or str(error))), kind="certificate", ends_run=True)
+                host, words), kind="certificate", ends_run=True)
 
     def _exchange(self, request):
-        from http.client import HTTPConnection, HTTPException
+        from http.client import HTTPConnection, HTTPException, RemoteDisconnected
 
         tunnel = getattr(request, "_tunnel_host", None)
         headers = {name.title(): value for name, value in request.header_items()}
@@ -1596,19 +1587,23 @@ class KeptConnection:
         self.requests += 1
         try:
             connection.request(request.get_method(), request.selector, request.data, headers)
+            self._socket.send_off()
             self.bytes_sent += len(request.data or b"")
         except OSError:
-            self.until = max(self.until, self._now() + GRACE)
+            self.until = max(self.until, self._watch.now() + GRACE)
             try:  # an answer may have come before all was sent, such as 413
                 return connection.getresponse()
             except (OSError, HTTPException):
                 pass
             raise
-        return connection.getresponse()
+        response = connection.getresponse()
+        if self._socket.at_end:  # http.client takes the end of the connection for the end of the headers
+            raise RemoteDisconnected("closed inside the headers")
+        return response
 
 
 def response_class():
-    """Return the HTTPResponse that also skips 1xx answers other than 100 (RFC 9110, 15.2), which http.client takes as final."""
+    """Return an HTTPResponse that skips all of 1xx but 101 (RFC 9110, 15.2); http.client's own skips 100 alone."""
     from http.client import HTTPResponse, parse_headers
 
     class Response(HTTPResponse):
@@ -1625,87 +1620,63 @@ def response_class():
 def check_proxies(proxies):
     """Return {scheme: proxy URL} as it is; raise InvalidError, which quotes no URL, where one cannot be used."""
     for scheme in ("http", "https"):
-        if not re.match(r"(?:https?://)?(?:[^/]*@)?(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?/?\Z",
-                        proxies.get(scheme, "none")):
+        kind, _, place = ("http://" + proxies.get(scheme, "none")).split("://", 1)[-1].rpartition("://")
+        try:
+            if kind not in ("", "http", "https"):
+                raise ValueError(kind)
+            parse_base_url("http://" + place.rpartition("@")[2].rstrip("/"))
+        except ValueError:
             raise InvalidError("is not the URL of an http proxy (it is not shown: it may hold a password)",
                                where=scheme + "_proxy", ends_run=True)
     return proxies
 
 
-def split_host(place, default_port):
-    """Return host and port of "host", "host:port" or "[address]:port"."""
-    match = re.match(r"\[(.*)\](?::([0-9]+))?\Z|([^:]*)(?::([0-9]+))?\Z", place)
-    return match.group(1) or match.group(3), int(match.group(2) or match.group(4) or default_port)
+def status_words(response):
+    """Return the status of a response with its reason phrase, made printable."""
+    return "HTTP {} {}".format(response.status, printable(response.reason or "")).rstrip()
 
 
-def status_words(status, words):
-    """Return a status with its reason phrase, made printable."""
-    return "HTTP {} {}".format(status, printable(words or "")).rstrip()
-
-
-def fault_words(error, place):
-    """Return what an exception of an attempt means to a person; place: host and port."""
+def fault_words(error):
+    """Return what an exception of an attempt means to a person."""
     import http.client
     import socket
 
     if isinstance(error, socket.timeout):
-        words = "no answer in time"
-    elif isinstance(error, http.client.RemoteDisconnected):
-        words = "the connection was closed without an answer"
-    elif isinstance(error, socket.gaierror):
-        words = "the name cannot be resolved ({})".format(reason(error))
-    elif isinstance(error, http.client.LineTooLong) or "100 headers" in str(error):
-        words = "the answer's headers are too large"
-    elif isinstance(error, http.client.IncompleteRead):
-        words = "the answer broke off"
-    elif isinstance(error, http.client.HTTPException):
-        words = "the answer is not HTTP"
-    elif isinstance(error, OSError):
-        words = reason(error)
-    else:  # a ValueError of http.client's, which may quote anything
-        words = "the answer is not HTTP"
-    return "{} ({})".format(words, place)
-
-
-class Answer:
-    """The status line of an answer, what matters of its headers, and for an error the beginning of its body."""
-
-    def __init__(self, response, body):
-        self.status, self.reason = response.status, response.reason
-        self.retry_after, self.location = response.getheader("Retry-After"), response.getheader("Location")
-        self.body = body.decode("utf-8", "replace")
-
-    @property
-    def ok(self):
-        return 200 <= self.status <= 299
+        return "no answer in time"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "the connection was closed without an answer"
+    if isinstance(error, socket.gaierror):
+        return "the name cannot be resolved: {}".format(reason(error))
+    if isinstance(error, http.client.LineTooLong) or "100 headers" in str(error):
+        return "the answer's headers are too large"
+    if isinstance(error, OSError):
+        return reason(error)
+    return "the answer is not HTTP"  # an HTTPException or ValueError of http.client's, which may quote anything
 
 
 class Client:
     """Sends events. A client is for one thread at a time; close() ends its connection.
 
-    api_key: the key, sent to base_url's origin alone. timeout: seconds of one attempt. retries: further tries after the
-    first. backoff_initial, backoff_max: seconds between tries, before jitter (0 to 1). gzip: compress bodies.
+    api_key: the key, sent to base_url's origin alone. timeout: seconds of one attempt. retries: further tries after
+    the first. backoff_initial, backoff_max: seconds between tries, before jitter (0 to 1). gzip: compress bodies.
     watch: the Watch that bounds its waits. random: a function like random.random. trace: takes lines on what happens.
     """
 
-    def __init__(self, api_key, base_url=DEFAULT_BASE_URL, timeout=15.0, retries=3, backoff_initial=0.1, backoff_max=2.0,
-                 jitter=0.2, user_agent=DEFAULT_USER_AGENT, gzip=False, health_path="/api/health", watch=None,
-                 random=None, trace=None):
-        for what, value in (("api_key", api_key), ("user_agent", user_agent)):
+    def __init__(self, api_key, base_url=DEFAULT_BASE_URL, timeout=15.0, retries=3, backoff_initial=0.1,
+                 backoff_max=2.0, jitter=0.2, user_agent=DEFAULT_USER_AGENT, gzip=False, health_path="/api/health",
+                 watch=None, random=None, trace=None):
+        for name, value, parse in (("api_key", api_key, parse_header), ("user_agent", user_agent, parse_header),
+                                   ("base_url", base_url, parse_base_url)):
             try:
-                parse_header(value)
+                self.base_url = parse(value)
             except ValueError as error:
-                raise InvalidError(str(error), where=what)
-        try:
-            self.base_url = parse_base_url(base_url)
-        except ValueError as error:
-            raise InvalidError(str(error), where="base_url")
+                raise InvalidError(str(error), where=name)
         self.watch, self.retries = watch or Watch(), 0
         self._key, self._timeout, self._tries, self._gzip = api_key, timeout, retries + 1, gzip
-        self._backoff = backoff_initial, backoff_max, jitter
-        self._user_agent, self._health_path = user_agent, health_path
-        self._random, self._trace = random, trace or (lambda line: None)
-        self._opener, self._connection = None, KeptConnection(self.watch.now)
+        self._backoff, self._user_agent, self._health_path = (
+            (backoff_initial, backoff_max, jitter), user_agent, parse_path(health_path))
+        self._random, self._trace, self._requests = random, trace, {}
+        self._connection = KeptConnection(self.watch)
 
     @property
     def requests(self):
@@ -1729,16 +1700,16 @@ class Client:
     def health_check(self):
         """Ask the service's health, once. Raises PackTrackError's subclasses unless it is healthy."""
         try:
-            answer = self._attempt("GET", self._health_path, None, {})
-        except self._retryable() as error:
+            response, body = self._attempt("GET", self._health_path, None, {})
+        except self._no_answer() as error:
             raise RetriesExhaustedError(self._fault(error))
-        if not answer.ok:
-            raise self._refusal(answer)
+        if not 200 <= response.status <= 299:
+            raise self._refusal(response, body)
 
     def send(self, body, idempotency_key=None):
         """Deliver a body, the bytes of an event's or an array's JSON, with tries and waits.
 
-        idempotency_key: a header's value; "auto" is the body's SHA-256. Raises RefusedError and RetriesExhaustedError.
+        idempotency_key: a header's value; "auto" is the body's SHA-256. Raises RefusedError, RetriesExhaustedError.
         """
         headers = {"Content-Type": "application/json"}
         if idempotency_key:
@@ -1752,21 +1723,23 @@ class Client:
         number = 0
         while True:
             number += 1
+            status = at_least = None
             try:
-                answer = self._attempt("POST", "/api/ingest", body, headers)
-            except self._retryable() as error:
-                fault, status, at_least = self._fault(error), None, None
+                response, words = self._attempt("POST", "/api/ingest", body, headers)
+            except self._no_answer() as error:
+                fault = self._fault(error)
             else:
-                self._trace("try {} of {}: {}".format(
-                    number, self._tries, self._clean(status_words(answer.status, answer.reason))))
-                if answer.ok:
+                status = response.status
+                if 200 <= status <= 299 and self._trace is None:
                     return
-                if not is_retryable(answer.status):
-                    raise self._refusal(answer)
-                fault, status = self._answer_words(answer), answer.status
-                at_least = parse_retry_after(answer.retry_after, time.time())
-            if status is None:
+                fault = self._answer_words(response, words)
+                at_least = parse_retry_after(response.getheader("Retry-After"), time.time())
+            if self._trace is not None:
                 self._trace("try {} of {}: {}".format(number, self._tries, fault))
+            if status is not None and 200 <= status <= 299:
+                return
+            if status is not None and not is_retryable(status):
+                raise self._refusal(response, words)
             self._wait(number, fault, status, at_least)
 
     def _wait(self, number, fault, status, at_least):
@@ -1778,85 +1751,83 @@ class Client:
             from random import random
 
             self._random = random
-        delay = max(backoff_delay(number, *self._backoff, random=self._random), at_least or 0.0)
+        delay, left = backoff_delay(number, *self._backoff, random=self._random), self.watch.left()
+        asked = "" if at_least is None else "; it asks to wait {:.0f} s".format(at_least)
         if at_least is not None and at_least > LONGEST_RETRY_AFTER:
-            raise RetriesExhaustedError("{}; it asks to wait {:.0f} s, more than {:.0f} s".format(
-                fault, at_least, LONGEST_RETRY_AFTER), status=status)
-        left = self.watch.left()
+            raise RetriesExhaustedError("{}{}, more than {:.0f} s".format(fault, asked, LONGEST_RETRY_AFTER), status=status)
+        delay = max(delay, at_least or 0.0)
         if left is not None and delay >= left:
-            raise RetriesExhaustedError("{}; the run's deadline comes before another try".format(fault), status=status)
-        self._trace("waiting {:.3f} s".format(delay))
+            raise RetriesExhaustedError("{}{}; the run's deadline comes first".format(fault, asked), status=status)
+        if self._trace is not None:
+            self._trace("waiting {:.3f} s".format(delay))
         self.watch.sleep(delay)
         self.retries += 1
 
     def _attempt(self, method, path, body, headers):
-        """Return the Answer to one request. Raises RefusedError, and what _retryable names."""
-        import urllib.request
-
-        if self._opener is None:
-            proxies = check_proxies(urllib.request.getproxies())
-            self._opener = urllib.request.OpenerDirector()
-            self._opener.add_handler(self._connection)
-            self._opener.add_handler(urllib.request.ProxyHandler(proxies))
-        headers = dict(headers, **{"X-PackTrack-Key": self._key, "User-Agent": self._user_agent})
-        request = urllib.request.Request(self.base_url + path, body, headers, method=method)
+        """Return the response to one request and, for an error, its body. Raises RefusedError and _no_answer()'s."""
         self._connection.until = self.watch.now() + self.watch.left(self._timeout)
+        headers = dict(headers, **{"X-PackTrack-Key": self._key, "User-Agent": self._user_agent})
         try:
             with self.watch:
-                response = self._opener.open(request)
+                response = self._open(method, path, body, headers)
         except BaseException:
             self._connection.close()
             raise
-        return self._finish(response)
-
-    def _finish(self, response):
-        """Return the Answer of a response whose headers were read; a body that breaks off changes nothing."""
-        body, ok = b"", 200 <= response.status <= 299
+        ok, words = 200 <= response.status <= 299, b""
         try:
             with self.watch:
-                body = response.read(MOST_OF_BODY if ok else MOST_OF_ERROR)
-        except self._retryable() as error:
-            self._trace("the answer's body broke off: {}".format(fault_words(error, self._place)))
-        except Interrupted:  # the verdict stands; whoever waits next is interrupted
+                words = response.read(MOST_OF_BODY if ok else MOST_OF_ERROR)
+        except self._no_answer() as error:  # the status stands
+            if self._trace is not None:
+                self._trace("the answer's body broke off: {}".format(self._fault(error)))
+        except Interrupted:  # as it does here; whoever waits next is interrupted
             pass
-        answer = Answer(response, b"" if ok else body)
         if ok:
             self._connection.keep(response)
         else:
             self._connection.close()
-        return answer
+        return response, b"" if ok else words
+
+    def _open(self, method, path, body, headers):
+        """Return the response to a request; from the second on, what urllib knows of proxies is known."""
+        request = self._requests.get(path)
+        if request is not None:
+            request.data, request.headers = body, dict(request.headers, **headers)
+            return self._connection.http_open(request)
+        from urllib.request import OpenerDirector, ProxyHandler, Request, getproxies
+
+        opener = OpenerDirector()
+        opener.add_handler(self._connection)
+        opener.add_handler(ProxyHandler(check_proxies(getproxies())))
+        request = self._requests[path] = Request(self.base_url + path, body, headers, method=method)
+        return opener.open(request)
 
     @staticmethod
-    def _retryable():
+    def _no_answer():
         """Return the exceptions that mean: no answer. ValueError: http.client's, of a bad chunk or status."""
         from http.client import HTTPException
 
         return OSError, HTTPException, ValueError
 
-    @property
-    def _place(self):
-        return self.base_url.split("/")[2]
-
     def _fault(self, error):
-        return self._clean(fault_words(error, self._place))
+        return self._clean("{} ({})".format(fault_words(error), self.base_url.split("/")[2]))
 
     def _clean(self, text):
         """Return words of the server on one line of at most 200 characters, the key cut out before the cut."""
-        return printable(redact(" ".join(redact(text, [self._key]).split()), [self._key]))
+        text = " ".join("".join(c if c.isprintable() else " " for c in redact(text, [self._key])).split())
+        return printable(redact(text, [self._key]))
 
-    def _answer_words(self, answer):
-        words = self._clean("".join(c if c.isprintable() else " " for c in answer.body))
-        status = self._clean(status_words(answer.status, answer.reason))
+    def _answer_words(self, response, body):
+        status, words = self._clean(status_words(response)), self._clean(body.decode("utf-8", "replace")) if body else ""
         return '{}: "{}"'.format(status, words) if words else status
 
-    def _refusal(self, answer):
+    def _refusal(self, response, body):
         """Return the RefusedError of a final answer."""
-        words = self._answer_words(answer)
-        if 300 <= answer.status <= 399:
-            words = self._clean(status_words(answer.status, answer.reason)) + " is not followed"
-            if answer.location:
-                words += "; it points to " + self._clean(answer.location)
-        return RefusedError(words, status=answer.status, ends_run=answer.status in ENDS_RUN)
+        words, location = self._answer_words(response, body), response.getheader("Location")
+        if 300 <= response.status <= 399:
+            words = self._clean(status_words(response)) + " is not followed"
+            words += "; it points to " + self._clean(location) if location else ""
+        return RefusedError(words, status=response.status, ends_run=response.status in ENDS_RUN)
 
     def abort(self):
         """End what waits, with Interrupted; may be called from another thread."""
@@ -1880,7 +1851,7 @@ def json_array(records):
     return b"[" + b",".join(records) + b"]"
 
 
-# ---- Delivery: batches, their accounting, and the two ways through, both ending in one Delivery ------------------
+# ---- Delivery: batches, their accounting, and the two ways through, both ending in one Delivery ------------
 
 QUEUE_BYTES = 8 << 20
 PATIENCE = 0.1
@@ -1899,12 +1870,17 @@ class Batch:
         self.records, self.numbers = records, numbers
 
     def halves(self):
-        middle = len(self.records) // 2
-        return [Batch(self.records[:middle], self.numbers[:middle]), Batch(self.records[middle:], self.numbers[middle:])]
+        """Return it as two Batches."""
+        half = len(self.records) // 2
+        return [Batch(self.records[:half], self.numbers[:half]), Batch(self.records[half:], self.numbers[half:])]
 
     def __str__(self):
-        return "record {}".format(self.numbers[0]) if len(self.numbers) == 1 else "records {}-{}".format(
-            self.numbers[0], self.numbers[-1])
+        return describe_range(self.numbers[0], self.numbers[-1], "record ", "records ")
+
+
+def describe_range(first, last, one="", many=""):
+    """Return the words for the numbers from first to last."""
+    return one + str(first) if first == last else "{}{}-{}".format(many, first, last)
 
 
 class Batcher:
@@ -1933,8 +1909,7 @@ class Batcher:
         if size + len(records) + 1 > self._limit:
             size, count = 0, 0
             while count < len(records) and (not count or size + len(records[count]) + count + 2 <= self._limit):
-                size += len(records[count])
-                count += 1
+                size, count = size + len(records[count]), count + 1
             records = records[:count]
         elif not records or len(records) < self._size and not all_of_it:
             return None
@@ -1943,44 +1918,33 @@ class Batcher:
         if self._start * 2 >= len(self._records):
             del self._records[:self._start]
             self._start = 0
-        return Batch(records, self._number(len(records)))
-
-    def _number(self, count):
-        numbers = range(self._next, self._next + count)
+        numbers = range(self._next, self._next + len(records))
         if self._gaps:
-            numbers, number = [], self._next
-            while len(numbers) < count:
-                if self._gaps and self._gaps[0] == number:
-                    del self._gaps[0]
-                else:
-                    numbers.append(number)
-                number += 1
+            span = range(self._next, numbers[-1] + len(self._gaps) + 1)
+            numbers = sorted(set(span).difference(self._gaps))[:len(records)]
+            self._gaps = [gap for gap in self._gaps if gap > numbers[-1]]
         self._next = numbers[-1] + 1
-        return numbers
+        return Batch(records, numbers)
 
 
 class Appender:
-    """Appends records to a file as NDJSON, whole, also where several processes do so; the file is made when needed.
+    """Appends to a file, whole, also where several processes do so; the file is made when it is needed.
 
     path: "-" is standard output. mode: of a new file. Raises InputError where the file cannot be written.
     """
 
     def __init__(self, path, mode):
         self._path, self._mode, self._descriptor = path, mode, None
-        self.name = "standard output" if path == "-" else printable(os.fsencode(path).decode("utf-8", "replace"))
-        parent = os.path.dirname(path) or "."
-        if path == "-":
-            self._check(sys.stdout is not None, "it is closed")
-        elif os.path.exists(path):
-            self._check(not os.path.isdir(path), "it is a directory")
-            self._check(os.access(path, os.W_OK), "permission denied or read-only")
-        else:
-            self._check(os.path.isdir(parent), "its directory does not exist")
-            self._check(os.access(parent, os.W_OK | os.X_OK), "its directory is not writable")
-
-    def _check(self, holds, why):
-        if not holds:
-            raise InputError("cannot be written: " + why, where=self.name)
+        self.name, parent = display(path, "standard output"), os.path.dirname(path) or "."
+        exists = path == "-" or os.path.exists(path)
+        for holds, why in (
+                (path != "-" or sys.stdout is not None, "it is closed"),
+                (not os.path.isdir(path), "it is a directory"),
+                (exists or os.path.isdir(parent), "its directory does not exist"),
+                (exists or os.access(parent, os.W_OK | os.X_OK), "its directory is not writable"),
+                (path == "-" or not exists or os.access(path, os.W_OK), "it is not writable")):
+            if not holds:
+                raise InputError("cannot be written: " + why, where=self.name)
 
     def append(self, data):
         """Append bytes; a write that fails leaves none of them in a regular file."""
@@ -1990,7 +1954,7 @@ class Appender:
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
                 self._descriptor = 1 if self._path == "-" else os.open(self._path, flags, self._mode)
             locked = lock_file(self._descriptor)
-            size = os.fstat(self._descriptor).st_size if locked else 0
+            size = os.fstat(self._descriptor).st_size
             try:
                 while data:
                     data = data[os.write(self._descriptor, data):]
@@ -2000,7 +1964,7 @@ class Appender:
                 raise
             finally:
                 if locked:
-                    unlock_file(self._descriptor)
+                    lock_file(self._descriptor, undo=True)
         except (OSError, ValueError) as error:
             raise InputError("cannot be written: " + reason(error), where=self.name)
 
@@ -2010,31 +1974,24 @@ class Appender:
             self._descriptor = None
 
 
-def json_lines(records):
-    """Return records as NDJSON; those that span lines have their line breaks, all between tokens, made blanks."""
-    return b"".join(record.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n" for record in records)
-
-
-def lock_file(descriptor):
-    """Lock a regular file against our other processes; return whether it is locked. One that stays locked is not waited for."""
+def lock_file(descriptor, undo=False):
+    """Lock a regular file against our other processes; return whether it is locked. Waits 10 s at the most."""
     import stat
 
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         return False
     try:
         import fcntl
-    except ImportError:  # Windows, where a lock is on a byte: one that no file reaches
+    except ImportError:  # Windows, where a lock is on bytes from the current position on
         import msvcrt
 
-        end = os.lseek(descriptor, 0, os.SEEK_CUR)
-        os.lseek(descriptor, 1 << 62, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
-        os.lseek(descriptor, end, os.SEEK_SET)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK if undo else msvcrt.LK_LOCK, 1)
         return True
     end = time.monotonic() + LONGEST_LOCK
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_UN if undo else fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() > end:
@@ -2044,17 +2001,9 @@ def lock_file(descriptor):
             return False
 
 
-def unlock_file(descriptor):
-    """Undo lock_file."""
-    try:
-        import fcntl
-    except ImportError:
-        import msvcrt
-
-        os.lseek(descriptor, 1 << 62, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-    else:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+def json_lines(records):
+    """Return records as NDJSON; those that span lines have their line breaks, all between tokens, made blanks."""
+    return b"".join(record.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n" for record in records)
 
 
 class HttpSink:
@@ -2071,17 +2020,19 @@ class HttpSink:
     def put(self, batch):
         """Deliver a Batch. Raises PackTrackError."""
         if self._probe:
-            self._probe = False
+            self._probe, words = False, "the service is healthy"
             try:
                 self.client.health_check()
-                self._trace("the service is healthy")
             except PackTrackError as error:
-                self._trace("the health check failed: {}".format(error))
+                words = "the health check failed: {}".format(error)
+            if self._trace is not None:
+                self._trace(words)
         body = batch.records[0] if self.single else json_array(batch.records)
         key = self._key
         if key and key != "auto" and len(batch.records) != self.total:
             key = "{}-{}-{}-{}".format(key, batch.numbers[0], batch.numbers[-1], sha256(body)[:8])
-        self._trace("{}: {} bytes to {}".format(batch, len(body), self.client.base_url))
+        if self._trace is not None:
+            self._trace("{}: {} bytes to {}".format(batch, len(body), self.client.base_url))
         self.client.send(body, key)
 
     def abort(self):
@@ -2118,50 +2069,42 @@ class FileSink:
 class Delivery:
     """Hands batches to a sink and accounts for each record: read = delivered + undelivered + invalid.
 
-    keep_going: whether a batch that fails leaves the others be. undelivered: an Appender, or None. warn, tick: are told
-    of each failure that does not end the run, and after each batch. errors: {exit code: the first error}.
-    ended: the error that ended the run, or None. keeps: whether there is a place for what is not delivered.
+    keep_going: whether a batch that fails leaves the others be. undelivered: an Appender, or None. warn, tick: are
+    told of each failure that does not end the run, and of each step. errors: {exit code: the first error}. ended:
+    the error that ended the run, or None. ranges: the numbers of what was not delivered. unkept: how many of those
+    the Appender could not take.
     """
 
     def __init__(self, sink, keep_going=False, undelivered=None, warn=None, tick=None):
-        import threading
-
-        self.sink, self.keep_going, self.keeps, self._undelivered = sink, keep_going, bool(undelivered), undelivered
+        self.sink, self.keep_going, self.undelivered_file = sink, keep_going, undelivered
         self._warn, self.tick = warn or (lambda words: None), tick or (lambda: None)
-        self.read = self.delivered = self.undelivered = self.invalid = 0
-        self.errors, self.ended, self.ranges, self.unkept = {}, None, [], 0
-        self._lock, self._in_hand, self._abandoned = threading.Lock(), [], False
+        self.read = self.delivered = self.undelivered = self.invalid = self.unkept = 0
+        self.errors, self.ended, self.ranges = {}, None, []
+
+    @property
+    def error(self):
+        """The error whose exit code stands, or None."""
+        return next((self.errors[code] for code in PRECEDENCE if code in self.errors), None)
 
     def send(self, batch):
         """Deliver a Batch, in halves where the server finds it too large, and account for it; nothing is raised."""
-        self._in_hand = [batch]
-        try:
-            self._work_off()
-        except Interrupted:
-            self.stop()
-            self._work_off()
-
-    def stop(self):
-        """End the run because of a signal."""
-        self.ended = self.ended or PackTrackError("stopped by a signal", kind="interrupted")
-
-    def _work_off(self):
-        while self._in_hand and not self._abandoned:
-            part, given_up = self._in_hand[0], self.ended
-            error = given_up or self._put(part)
-            with self._lock:
-                if self._abandoned:
-                    return
-                if error is not None and error is not given_up and error.status == 413 and len(part.records) > 1:
-                    self._in_hand[:1] = part.halves()
-                    continue
-                del self._in_hand[0]
-                if error is None:
-                    self.delivered += len(part.records)
-                else:
-                    self._lose(part)
-            if error is not given_up:
-                self.fail(error, part)
+        parts = [batch]
+        while parts:
+            part = parts.pop(0)
+            error = self.ended or self._put(part)
+            if error is None:
+                self.delivered += len(part.records)
+            elif error.status == 413 and len(part.records) > 1 and error is not self.ended:
+                parts[:0] = part.halves()
+            else:
+                if error is not self.ended:
+                    error.where = error.where or (str(part) if self.read > 1 else None)
+                    self.note(error, not self.keep_going or error.ends_run)
+                self.undelivered += len(part.records)
+                for first, last in ([(part.numbers[0], part.numbers[-1])] if isinstance(part.numbers, range)
+                                    else zip(part.numbers, part.numbers)):
+                    self._add_range(first, last)
+                self.keep(json_lines(part.records), len(part.records))
             self.tick()
 
     def _put(self, part):
@@ -2169,62 +2112,37 @@ class Delivery:
             self.sink.put(part)
         except PackTrackError as error:
             return error
+        except Interrupted:
+            self.stop()
+            return self.ended
         except Exception as error:  # a fault of this program's must not lose count of the records
-            return PackTrackError("internal error: " + type(error).__name__, kind="internal", ends_run=True)
+            return internal_error(error)
 
-    def abandon(self):
-        """Give up what send() has in hand in another thread; what that thread hears of it no longer counts."""
-        with self._lock:
-            self._abandoned = True
-            for part in self._in_hand:
-                self._lose(part)
+    def stop(self):
+        """End the run without an error: a signal came, or the rest is to be abandoned."""
+        self.ended = self.ended or PackTrackError("stopped", kind="interrupted")
 
-    def give_up(self, batch):
-        """Account for a Batch that is not sent."""
-        with self._lock:
-            self._lose(batch)
-
-    def note(self, error):
-        """Note an error that does not end the run by itself."""
+    def note(self, error, ends=False):
+        """Note an error, and whether it ends the run: then nothing more is sent."""
         self.errors.setdefault(error.exit_code, error)
-        if self.keep_going:
+        if ends:
+            self.ended = self.ended or error
+        elif self.keep_going:
             self._warn(str(error))
 
-    def end(self, error):
-        """Note the error that ends the run: nothing more is sent."""
-        self.errors.setdefault(error.exit_code, error)
-        self.ended = self.ended or error
-
-    def fail(self, error, batch):
-        """Note why a Batch failed; without keep_going, or where all the rest would fail alike, it ends the run."""
-        error.where = error.where or str(batch)
-        if self.keep_going and not error.ends_run and error.kind != "deadline":
-            self.note(error)
-        else:
-            self.end(error)
-
-    def refuse(self, error):
+    def refuse(self, error, ends=False):
         """Count an invalid record, and note why."""
         self.invalid += 1
-        self.note(error)
+        self.note(error, ends)
 
-    def keep(self, records):
-        """Keep records, as they came where they are not valid, if there is a place for them."""
-        if self._undelivered is not None:
-            with self._lock:
-                self._keep(json_lines(records), len(records))
-
-    def keep_bytes(self, data):
-        """Keep what is not even a record."""
-        if self._undelivered is not None:
-            with self._lock:
-                self._keep(data, 0)
-
-    def close(self):
-        """Close what it writes to."""
-        for place in (self.sink, self._undelivered):
-            if place is not None:
-                place.close()
+    def keep(self, data, count=0):
+        """Keep the bytes of some records, if there is a place for them."""
+        if self.undelivered_file is not None:
+            try:
+                self.undelivered_file.append(data)
+            except InputError as error:
+                self.unkept += count
+                self.note(error)
 
     def lose_rest(self):
         """Count as undelivered what was read and is otherwise not accounted for."""
@@ -2233,41 +2151,25 @@ class Delivery:
             self.undelivered += self.read - first + 1
             self._add_range(first, self.read)
 
-    def _lose(self, batch):
-        self.undelivered += len(batch.records)
-        if isinstance(batch.numbers, range):
-            self._add_range(batch.numbers[0], batch.numbers[-1])
-        else:
-            for number in batch.numbers:
-                self._add_range(number, number)
-        if self._undelivered is not None:
-            self._keep(json_lines(batch.records), len(batch.records))
-
-    def _keep(self, data, count):
-        try:
-            self._undelivered.append(data)
-        except InputError as error:
-            self.unkept += count
-            self.errors.setdefault(error.exit_code, error)
-
     def _add_range(self, first, last):
         if self.ranges and self.ranges[-1][1] == first - 1:
             self.ranges[-1][1] = last
         elif len(self.ranges) <= MOST_RANGES:
             self.ranges.append([first, last])
 
-    @property
-    def error(self):
-        """The error whose exit code stands, or None."""
-        return next((self.errors[code] for code in PRECEDENCE if code in self.errors), None)
+    def close(self):
+        """Close what it writes to."""
+        for place in (self.sink, self.undelivered_file):
+            if place is not None:
+                place.close()
 
 
 class AsyncClient:
     """Queues events and delivers them from a thread of its own, in batches.
 
-    client: a Client, from then on this thread's. flush_interval: the seconds after which a batch goes out that is not
-    full. queue_capacity: the most events that wait. deliver: takes a Batch; by default it is sent, and the first error
-    is raised by the next flush() or close().
+    client: a Client, from then on this thread's. flush_interval: the seconds after which a batch goes out that is
+    not full. queue_capacity: the most events that wait. deliver: takes a Batch; by default it is sent, and the first
+    error is raised by the next flush() or close().
     """
 
     def __init__(self, client, batch_size=100, flush_interval=1.0, queue_capacity=10000, max_batch_bytes=1000000,
@@ -2285,8 +2187,8 @@ class AsyncClient:
     def enqueue(self, event, block=False, timeout=None):
         """Queue an event (a dict; a missing timestamp is now).
 
-        A full queue raises RetriesExhaustedError of the kind "queue_full", with block only after timeout seconds (None:
-        never). Raises InvalidError for an event that is not valid.
+        A full queue raises RetriesExhaustedError of the kind "queue_full", with block only after timeout seconds
+        (None: never). Raises InvalidError for an event that is not valid.
         """
         record = dump_json(complete_event(event, {}, utc_timestamp(time.time())))
         end = None if timeout is None else time.monotonic() + timeout
@@ -2299,7 +2201,7 @@ class AsyncClient:
     def offer(self, records, skipped=False, force=False):
         """Queue as many of the records (bytes of complete events) as there is room for; return how many that is.
 
-        skipped: a record that is not to be sent follows; it is counted if all the others are queued. force: queue all.
+        skipped: a record that is not to be sent follows, and counts once all the others are queued. force: queue all.
         """
         with self._changed:
             if self._closing:
@@ -2308,8 +2210,7 @@ class AsyncClient:
             taken = records if force else records[:room]
             if taken:
                 self._batcher.add(taken)
-                if self._oldest is None:
-                    self._oldest = time.monotonic()
+                self._oldest = self._oldest or time.monotonic()
                 self._changed.notify_all()
             if skipped and len(taken) == len(records):
                 self._batcher.skip()
@@ -2347,12 +2248,6 @@ class AsyncClient:
             self._closing = True
             self._changed.notify_all()
 
-    def drain(self):
-        """Take no more; return the Batches that nobody has begun to deliver."""
-        with self._changed:
-            self.finish()
-            return list(iter(lambda: self._batcher.take(True), None))
-
     def join(self, timeout=None):
         """Wait for the thread to end; return whether it did."""
         self._thread.join(timeout)
@@ -2365,26 +2260,26 @@ class AsyncClient:
             error.where = error.where or str(batch)
             self._error = self._error or error
         except Interrupted:
-            pass  # abort() was called
+            self._error = self._error or PackTrackError("aborted", where=str(batch), kind="interrupted")
 
     def _work(self):
         while True:
             with self._changed:
+                self._busy = False
+                self._changed.notify_all()
                 batch = self._take()
                 while batch is None and not self._closing:
-                    waited = None if self._oldest is None else self._oldest + self._interval - time.monotonic()
-                    self._changed.wait(waited)
+                    self._changed.wait(self._oldest and max(0.0, self._oldest + self._interval - time.monotonic()))
                     batch = self._take()
-                self._busy = batch is not None
-                self._changed.notify_all()
                 if batch is None:
                     return
+                self._busy = True
             self._deliver(batch)
 
     def _take(self):
         """Return a Batch if one is due."""
-        due = self._flushing or self._closing or self._oldest is not None and time.monotonic() - self._oldest >= self._interval
-        batch = self._batcher.take(due)
+        late = self._oldest is not None and time.monotonic() - self._oldest >= self._interval
+        batch = self._batcher.take(self._flushing or self._closing or late)
         if batch is not None:
             self._oldest = time.monotonic() if self._batcher else None
         return batch
@@ -2393,61 +2288,62 @@ class AsyncClient:
 def deliver_kept(scanner, replay, delivery, batcher, watch):
     """Validate all that a file or pipe holds, then deliver it: nothing is sent if a record is refused at the door."""
     # What came through a pipe is nobody else's: with --undelivered it is read to its end and kept, whatever it holds.
-    keep_all = delivery.keeps and not replay.source.is_file
-    notes = []
+    keeps = delivery.undelivered_file is not None
+    keep_all, blocks = keeps and not replay.source.is_file, []
     try:
         for block in scanner.blocks(replay.read):
             delivery.tick()
-            errors = sorted(block.errors.items())
+            errors = [block.errors[index] for index in sorted(block.errors)]
             if errors and not (delivery.keep_going or keep_all):
-                delivery.read += errors[0][0] + 1
-                delivery.refuse(errors[0][1])
-                delivery.end(errors[0][1])
+                delivery.read += min(block.errors) + 1
+                delivery.refuse(errors[0], ends=True)
                 break
             delivery.read += len(block.records)
-            for _, error in errors:
-                delivery.refuse(error)
-                if not delivery.keep_going:
-                    delivery.end(error)
-            notes.append(Note(block))
+            for error in errors:
+                delivery.refuse(error, ends=not delivery.keep_going)
+            block.note()
+            blocks.append(block)
             if block.broken and keep_all:
                 while replay.read():
                     pass
-            if watch.signal and not delivery.keeps:
+            if watch.signal and not keeps:
                 break
     except PackTrackError as error:
-        (delivery.note if delivery.keep_going and error.kind != "deadline" else delivery.end)(error)
+        delivery.note(error, ends=not delivery.keep_going or error.ends_run)
     except Interrupted:
         delivery.stop()
-    if delivery.sink is not None and (keep_all or not delivery.ended):
-        delivery.sink.single, delivery.sink.total = scanner.single, delivery.read - delivery.invalid
-        deliver_again(notes, scanner, replay, delivery, batcher, watch)
-    delivery.lose_rest()
-
-
-def deliver_again(notes, scanner, replay, delivery, batcher, watch):
-    """Deliver what was noted, reading it a second time; what ended the run leaves the rest to be kept."""
-    for note in notes:
-        if delivery.ended and not delivery.keeps:
+    if delivery.sink is None or delivery.ended and not keep_all:
+        return
+    delivery.sink.single, delivery.sink.total = scanner.single, delivery.read - delivery.invalid
+    for block in blocks:
+        if delivery.ended and not keeps:
             return
-        if note.size is None:
-            copy_rest(note.start, replay, delivery)
-            continue
         try:
-            records, errors = note.read(scanner, replay)
+            deliver_block(block, replay, scanner, delivery, batcher, watch)
         except InputError as error:
-            delivery.end(error)
-            delivery.unkept += note.count
-            continue
-        position = 0
-        for index in sorted(errors):
-            batcher.add(records[position:index])
-            batcher.skip()
-            delivery.keep(records[index:index + 1])
-            position = index + 1
-        batcher.add(records[position:])
-        send_batches(batcher, False, delivery, watch)
+            delivery.note(error, ends=True)
+            delivery.unkept += block.count
     send_batches(batcher, True, delivery, watch)
+
+
+def deliver_block(block, replay, scanner, delivery, batcher, watch):
+    """Read a noted Block again, and deliver it. Raises InputError where it was changed."""
+    if block.broken:
+        start = block.start
+        for part in iter(lambda: replay.again(start, BLOCK), b""):
+            delivery.keep(part)
+            start += len(part)
+        return delivery.keep(b"\n")
+    records, errors = block.read_again(replay, scanner)
+    position = 0
+    for index in sorted(errors):
+        batcher.add(records[position:index])
+        batcher.skip()
+        send_batches(batcher, bool(delivery.ended), delivery, watch)
+        delivery.keep(json_lines(records[index:index + 1]), 1)
+        position = index + 1
+    batcher.add(records[position:])
+    send_batches(batcher, False, delivery, watch)
 
 
 def send_batches(batcher, all_of_it, delivery, watch):
@@ -2458,44 +2354,8 @@ def send_batches(batcher, all_of_it, delivery, watch):
         try:
             watch.left()
         except RetriesExhaustedError as error:
-            delivery.end(error)
+            delivery.note(error, ends=True)
         delivery.send(batch)
-
-
-def copy_rest(start, replay, delivery):
-    """Keep the rest of a stream, in which records cannot be told apart, as it came."""
-    for part in iter(lambda: replay.again(start, BLOCK), b""):
-        delivery.keep_bytes(part)
-        start += len(part)
-    delivery.keep_bytes(b"\n")
-
-
-class Note:
-    """Where a Block stands and what it was, so that it can be read again rather than kept."""
-
-    __slots__ = ("start", "size", "checksum", "count", "gap")
-
-    def __init__(self, block):
-        import zlib
-
-        self.start, self.count, self.gap = block.start, len(block.records), None
-        self.size = None if block.broken else len(block.data)
-        self.checksum = zlib.crc32(block.data)
-        if not block.errors and not block.broken:
-            # If cutting at the gap between the first two gives the very records, the second reading need not parse.
-            length = len(block.records[0]) if block.records else 0
-            gap = block.data[length:block.data.find(b"{", length)] if self.count > 1 else b"\n"
-            if gap and cut_records(block.data, gap) == block.records:
-                self.gap = gap
-
-    def read(self, scanner, replay):
-        """Return the records, and {index: error} of those that are invalid. Raises InputError if they were changed."""
-        import zlib
-
-        data = replay.again(self.start, self.size)
-        if len(data) != self.size or zlib.crc32(data) != self.checksum:
-            raise InputError("was changed while it was being sent", where=scanner.name)
-        return (cut_records(data, self.gap), {}) if self.gap else scanner.scan_again(data)
 
 
 def deliver_streamed(scanner, source, delivery, queue, watch, flush):
@@ -2503,16 +2363,15 @@ def deliver_streamed(scanner, source, delivery, queue, watch, flush):
     try:
         for block in scanner.blocks(source.read):
             delivery.sink.single = scanner.single
-            records, errors = block.records, sorted(block.errors.items())
+            records, errors = block.records, sorted(block.errors)
             if errors and not delivery.keep_going:
-                errors = errors[:1]
-                records = records[:errors[0][0] + 1]
+                del records[errors[0] + 1:], errors[1:]
             delivery.read += len(records)
             position = 0
-            for index, error in errors:
+            for index in errors:
                 queue_records(records[position:index], True, queue, watch)
-                delivery.refuse(error)
-                delivery.keep(records[index:index + 1])
+                delivery.refuse(block.errors[index])
+                delivery.keep(json_lines(records[index:index + 1]), 1)
                 position = index + 1
             queue_records(records[position:], False, queue, watch)
             if delivery.ended or watch.signal or errors and not delivery.keep_going:
@@ -2521,81 +2380,109 @@ def deliver_streamed(scanner, source, delivery, queue, watch, flush):
         delivery.note(error)
     except Interrupted:
         pass
-    if flush or delivery.errors or watch.signal:
-        queue.finish()
-    else:
-        for batch in queue.drain():
-            delivery.give_up(batch)
+    if not (flush or delivery.errors or watch.signal):
+        delivery.stop()
+    queue.finish()
     while not queue.join(PATIENCE):
         if watch.signals > 1:
-            left = queue.drain()
+            delivery.stop()
             delivery.sink.abort()
-            queue.join(PATIENCE)
-            delivery.abandon()
-            for batch in left:
-                delivery.give_up(batch)
-            return
 
 
 def queue_records(records, skipped, queue, watch):
     """Queue records, waiting while the queue is full; a second signal ends the waiting."""
     while True:
-        taken = queue.offer(records, skipped, force=watch.signals > 1)
-        records = records[taken:]
+        records = records[queue.offer(records, skipped, force=watch.signals > 1):]
         if not records:
             return
         queue.wait_for_room(PATIENCE)
 
 
-# ---- The command runner: a command, then one event on how it ended; signals and exit codes as if we were not there
+# ---- The command runner: a command, then an event on how it ended; else as if we were not there ------------
 
 COMMAND_DELIVERY = 30.0
 KILL_AFTER = 5.0
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND = 124, 126, 127
 
 
-def run_command(command, timeout, on_start=None):
-    """Run a command (a list) with our own streams and descriptors; return how it ended, an Ending.
+class Ending:
+    """How a command (a list) ended. exit_code: what our own is then. fault: why it could not be started, or None."""
 
-    timeout: the seconds after which it is sent TERM, and KILL 5 s later; or None. INT, TERM, HUP and QUIT that were sent
-    to us are passed on. Those are ours to block in the meantime; main() installs its own handlers afterwards.
+    def __init__(self, command):
+        self.name = display(os.path.basename(command[0]) or command[0], "-")
+        self.started_at, self._started = utc_timestamp(time.time()), time.monotonic()
+        self.exit_code, self.timed_out, self.signal, self.fault, self._seconds = None, False, None, None, 0.0
+
+    def seconds_to(self, timeout):
+        """Return the seconds until the command has run for timeout seconds, or None."""
+        return None if timeout is None else max(0.0, self._started + timeout - time.monotonic())
+
+    def not_started(self, error):
+        """Note the error that kept the command from starting."""
+        self.exit_code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+        self.fault = "could not be run: " + reason(error)
+
+    def ended(self, returncode):
+        """Note how the command ended; returncode is negative for a signal."""
+        self._seconds = time.monotonic() - self._started
+        if returncode < 0:
+            import signal
+
+            known = {number.value: number.name for number in signal.Signals}
+            self.signal = known.get(-returncode, "signal {}".format(-returncode))
+        self.exit_code = TIMED_OUT if self.timed_out else returncode if returncode >= 0 else 128 - returncode
+
+    def event(self):
+        """Return the event that tells of it, without what the defaults have to give."""
+        import socket
+
+        status = "timeout" if self.timed_out else "failed" if self.exit_code else "ok"
+        how = self.fault or ("timed out" if self.timed_out else "was ended by " + self.signal if self.signal
+                             else "exited with {}".format(self.exit_code))
+        metadata = {"command": self.name, "duration_ms": int(self._seconds * 1000), "started_at": self.started_at,
+                    "host": socket.gethostname()}
+        metadata.update({"signal": self.signal} if self.signal else {"exit_code": self.exit_code})
+        return {"severity": "info" if status == "ok" else "error", "status": status, "metadata": metadata,
+                "message": "{} {} after {:.1f}s".format(self.name, how, self._seconds)}
+
+
+def run_command(command, timeout):
+    """Run a command (a list) with our own streams and descriptors; return its Ending.
+
+    timeout: the seconds after which it is sent TERM, and KILL 5 s later; or None. INT, TERM, HUP and QUIT that were
+    sent to us are passed on.
     """
     import signal
-    import subprocess
 
+    ending = Ending(command)
     if os.name == "nt":
-        return run_on_windows(command, timeout)
+        return run_on_windows(command, timeout, ending)
     passed_on = {number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
                  if signal.getsignal(number) != signal.SIG_IGN}  # what is ignored on entry, as by nohup, stays so
     numbers = passed_on | {signal.SIGCHLD, signal.SIGALRM}
-    child_ignored = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Blocked before the command starts and taken one by one: none is lost in between, none interrupts us.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
     def as_it_was():
         for number in passed_on:
             signal.signal(number, signal.SIG_DFL)
-        if child_ignored:
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, on_child)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    ending = Ending(command)
     try:
         process = start_process(command, as_it_was)
-    except (OSError, ValueError) as error:
-        ending.not_started(error)
-        return ending
-    try:
         while process.poll() is None:
             number, from_terminal = next_signal(numbers, ending.seconds_to(timeout))
             if number is None:
                 process.send_signal(signal.SIGKILL if ending.timed_out else signal.SIGTERM)
                 process.send_signal(signal.SIGCONT)  # a stopped process would not hear of TERM
-                timeout, ending.timed_out = (timeout + KILL_AFTER if not ending.timed_out else None), True
+                timeout, ending.timed_out = None if ending.timed_out else timeout + KILL_AFTER, True
             elif number in passed_on and not from_terminal:
                 process.send_signal(number)
         ending.ended(process.returncode)
+    except (OSError, ValueError) as error:
+        ending.not_started(error)
     finally:
         while next_signal(numbers, 0)[0] is not None:
             pass  # what came for the command is not for the delivery
@@ -2613,19 +2500,19 @@ def start_process(command, prepare):
     except OSError as error:
         if error.errno != errno.ENOEXEC:
             raise
-        import shutil
+    from shutil import which
 
-        return subprocess.Popen(["/bin/sh", shutil.which(command[0])] + command[1:], close_fds=False, preexec_fn=prepare)
+    return subprocess.Popen(["/bin/sh", which(command[0])] + command[1:], close_fds=False, preexec_fn=prepare)
 
 
 def next_signal(numbers, seconds):
-    """Return the next of the blocked signals and whether the terminal sent it to the whole group; (None, False) if none."""
+    """Return the next of the blocked signals and whether the terminal sent it to the whole group, or (None, False)."""
     import signal
 
     if hasattr(signal, "sigtimedwait"):
         info = signal.sigwaitinfo(numbers) if seconds is None else signal.sigtimedwait(numbers, seconds)
         return (None, False) if info is None else (info.si_signo, info.si_code > 0)  # SI_USER and its like are not
-    # macOS tells neither the sender nor takes a time: an alarm ends the wait, and the terminal's group tells the sender.
+    # macOS tells no sender and takes no time: an alarm ends the wait, and the terminal's own group tells the sender.
     if seconds is not None:
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
     number = signal.sigwait(numbers)
@@ -2634,18 +2521,17 @@ def next_signal(numbers, seconds):
         return None, False
     try:
         with open("/dev/tty") as terminal:
-            ours = os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+            return number, number != signal.SIGTERM and os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
     except OSError:
-        ours = False
-    return number, ours and number in (signal.SIGINT, signal.SIGQUIT)
+        return number, False
 
 
-def run_on_windows(command, timeout):
+def run_on_windows(command, timeout, ending):
     """run_command for Windows, where Ctrl-C reaches every process of the console and TERM does not exist."""
     import signal
     import subprocess
 
-    ending, before = Ending(command), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process = subprocess.Popen(command, close_fds=False)
         try:
@@ -2661,51 +2547,10 @@ def run_on_windows(command, timeout):
     return ending
 
 
-class Ending:
-    """How a command ended. exit_code: what our own is then."""
-
-    def __init__(self, command):
-        self.name = printable(os.fsencode(os.path.basename(command[0]) or command[0]).decode("utf-8", "replace"))
-        self.started_at, self._started = utc_timestamp(time.time()), time.monotonic()
-        self.exit_code, self.signal, self.how, self.timed_out, self.seconds = None, None, "", False, 0.0
-
-    def seconds_to(self, timeout):
-        """Return the seconds until the command has run for timeout seconds, or None."""
-        return None if timeout is None else max(0.0, self._started + timeout - time.monotonic())
-
-    def not_started(self, error):
-        self.exit_code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-        self.how = "could not be run: {}".format(reason(error))
-
-    def ended(self, returncode):
-        self.seconds = time.monotonic() - self._started
-        self.exit_code, self.how = returncode, "exited with {}".format(returncode)
-        if returncode < 0:
-            import signal
-
-            try:
-                self.signal = signal.Signals(-returncode).name
-            except ValueError:  # a real-time signal
-                self.signal = "SIG{}".format(-returncode)
-            self.exit_code, self.how = 128 - returncode, "was ended by {}".format(self.signal)
-        if self.timed_out:
-            self.exit_code, self.how = TIMED_OUT, "timed out"
-
-    def event(self):
-        """Return the event that tells of it, without what the defaults have to give."""
-        import socket
-
-        status = "timeout" if self.timed_out else "ok" if self.exit_code == 0 else "failed"
-        metadata = {"command": self.name, "duration_ms": int(self.seconds * 1000), "started_at": self.started_at,
-                    "host": socket.gethostname()}
-        metadata.update({"signal": self.signal} if self.signal else {"exit_code": self.exit_code})
-        return {"severity": "info" if status == "ok" else "error", "status": status, "metadata": metadata,
-                "message": "{} {} after {:.1f}s".format(self.name, self.how, self.seconds)}
-
-
-# ---- Reporting: the only writer to the standard streams ----------------------------------------------------------
+# ---- Reporting: the only writer to the standard streams ----------------------------------------------------
 
 MOST_WARNINGS = 20
+SHORTEST_SECRET = 6
 
 
 class Reporter:
@@ -2715,56 +2560,48 @@ class Reporter:
     """
 
     def __init__(self, environ):
-        self.verbose, self._progress, self._secrets = False, False, []
-        self.hide(environ.get("PACKTRACK_API_KEY"))
+        self.delivery, self.verbose, self._secrets, self._warnings = None, False, [], 0
+        self._progress = self._terminal = self._line_open = False
         self._started = self._shown = time.monotonic()
-        self._warnings, self._line_open, self._terminal, self.delivery = 0, False, False, None
+        self.hide(environ.get("PACKTRACK_API_KEY"))
 
     def hide(self, secret):
-        """Cut a secret out of all that is written from now on. One so short would be found in any text."""
-        if secret and len(secret) >= 6:
+        """Cut a secret out of all that is written from now on; one that is very short would be found in any text."""
+        if secret and len(secret) >= SHORTEST_SECRET:
             self._secrets.append(secret)
 
     def configure(self, settings):
         """Take what the settings say of output."""
         self.verbose = settings["verbose"]
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._progress = terminal if settings["progress"] is None else settings["progress"]
-        self._terminal = terminal
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._progress = self._terminal if settings["progress"] is None else settings["progress"]
 
     def out(self, text):
         """Write to standard output."""
         self._write(sys.stdout, text)
 
-    def error(self, text):
-        self.end_progress()
-        self._write(sys.stderr, "{}: error: {}\n".format(PROGRAM, text))
+    def say(self, text):
+        """Write a line to standard error."""
+        line, self._line_open = "\r\x1b[K" if self._line_open else "", False
+        self._write(sys.stderr, "{}{}: {}\n".format(line, PROGRAM, text))
+
+    def trace(self, text):
+        """Tell what happens, under --verbose."""
+        if self.verbose:
+            self.say(text)
 
     def warn(self, text):
         """Tell of a failure that does not end the run; of many, only the first."""
         self._warnings += 1
         if self._warnings <= MOST_WARNINGS:
-            self.end_progress()
-            self._write(sys.stderr, "{}: {}\n".format(PROGRAM, text))
-        elif self._warnings == MOST_WARNINGS + 1:
-            self._write(sys.stderr, "{}: further failures are only counted\n".format(PROGRAM))
-
-    def trace(self, text):
-        """Tell what happens, under --verbose."""
-        if self.verbose:
-            self.end_progress()
-            self._write(sys.stderr, "{}: {}\n".format(PROGRAM, text))
-
-    def usage(self):
-        self._write(sys.stderr, usage_text())
+            self.say(text if self._warnings < MOST_WARNINGS else "further failures are only counted")
 
     def progress(self):
         """Show how far the delivery is, from the second second on."""
-        now = time.monotonic()
-        if not self._progress or now - self._started < 1 or now - self._shown < (0.2 if self._terminal else 2):
+        now, delivery = time.monotonic(), self.delivery
+        if not self._progress or now - self._started < 1 or now - self._shown < (0.2 if self._terminal else 1):
             return
-        self._shown, delivery = now, self.delivery
-        words = "{} records read".format(delivery.read)
+        self._shown, words = now, "{} records read".format(delivery.read)
         if delivery.delivered:
             words += ", {} delivered, {:.0f}/s".format(delivery.delivered, delivery.delivered / (now - self._started))
         if delivery.sink is not None and delivery.sink.total:
@@ -2772,13 +2609,30 @@ class Reporter:
         self._write(sys.stderr, "\r{}\x1b[K".format(words) if self._terminal else "{}: {}\n".format(PROGRAM, words))
         self._line_open = self._terminal
 
-    def end_progress(self):
-        if self._line_open:
-            self._line_open = False
+    def finish(self, error, signal):
+        """Tell how the run ended. error: a PackTrackError or None. signal: its number or None. Return error and code."""
+        if signal:
+            error = PackTrackError("stopped by signal {}".format(signal), kind="interrupted")
+        if error is not None:
+            self.say("error: {}{}".format(error, accounting(self.delivery) if self.delivery else ""))
+        elif self._line_open:
             self._write(sys.stderr, "\r\x1b[K")
+        return error, 128 + signal if signal else 0 if error is None else error.exit_code
+
+    def summarise(self, error, code):
+        """Write the line of --json."""
+        client, summary = getattr(self.delivery and self.delivery.sink, "client", None), {"ok": code == 0, "exit_code": code}
+        for name in ("read", "delivered", "undelivered", "invalid"):
+            summary[name] = getattr(self.delivery, name, 0)
+        for name in ("requests", "retries", "bytes_sent"):
+            summary[name] = getattr(client, name, 0)
+        summary["seconds"] = round(time.monotonic() - self._started, 3)
+        summary["error"] = None if error is None else {
+            "kind": error.kind, "message": error.args[0], "status": error.status, "where": error.where}
+        self.out(json.dumps(summary) + "\n")
 
     def _write(self, stream, text):
-        data = (redact(text, self._secrets) if self._secrets else text).encode("utf-8", "backslashreplace")
+        data = redact(text, self._secrets).encode("utf-8", "backslashreplace")
         try:
             descriptor = stream.fileno()
             while data:
@@ -2786,89 +2640,63 @@ class Reporter:
         except (OSError, ValueError, AttributeError):  # closed or full; AttributeError: None, closed from the start
             pass
 
-    def finish(self, error, signal):
-        """Tell how the run ended, and return its exit code. error: a PackTrackError or None. signal: its number or None."""
-        self.end_progress()
-        if signal:
-            error = PackTrackError("stopped by signal {}".format(signal), kind="interrupted")
-        if error is not None:
-            self.error(str(error) + (accounting(self.delivery) if self.delivery else ""))
-        return error, 128 + signal if signal else error.exit_code if error is not None else 0
-
-    def summarise(self, error, code):
-        """Write the line of --json."""
-        delivery = self.delivery
-        client = getattr(delivery and delivery.sink, "client", None)
-        summary = {"ok": code == 0, "exit_code": code}
-        for name in ("read", "delivered", "undelivered", "invalid"):
-            summary[name] = getattr(delivery, name, 0)
-        for name in ("requests", "retries", "bytes_sent"):
-            summary[name] = getattr(client, name, 0)
-        summary["seconds"] = round(time.monotonic() - self._started, 3)
-        summary["error"] = None if error is None else {
-            "kind": error.kind, "message": redact(error.args[0], self._secrets), "status": error.status,
-            "where": error.where}
-        self.out(json.dumps(summary) + "\n")
-
 
 def accounting(delivery):
     """Return the end of the failure line: what was delivered and what was not."""
-    if not delivery.read:
-        return ""
-    if not delivery.delivered and not delivery.undelivered or delivery.read == 1:
-        return ""
-    client = getattr(delivery.sink, "client", None)
-    if not delivery.delivered and not (client and client.requests):
+    if delivery.read < 2:
+        return "; it could not be kept" if delivery.unkept else ""
+    if not delivery.delivered and not delivery.ranges:
         words = "; nothing was sent"
     else:
-        ranges = ["{}-{}".format(*pair) if pair[0] != pair[1] else str(pair[0]) for pair in delivery.ranges]
         words = "; {} of {} records delivered".format(delivery.delivered, delivery.read)
-        if delivery.undelivered:
-            words += ", {} not: records {}{}".format(
-                delivery.undelivered, ", ".join(ranges[:10]), " and more" if len(ranges) > 10 else "")
-        if delivery.invalid:
-            words += ", {} invalid".format(delivery.invalid)
-    if delivery.unkept:
-        words += "; {} of them could not be kept".format(delivery.unkept)
-    return words
+    if delivery.undelivered:
+        ranges = ", ".join(describe_range(*pair) for pair in delivery.ranges[:10])
+        words += ", {} not: records {}{}".format(
+            delivery.undelivered, ranges, " and more" if len(delivery.ranges) > 10 else "")
+    if delivery.invalid:
+        words += ", {} invalid".format(delivery.invalid)
+    return words + ("; {} could not be kept".format(delivery.unkept) if delivery.unkept else "")
 
 
-# ---- main: from settings to what does the work ---------------------------------------------------------------------
+def internal_error(error):
+    """Return the PackTrackError for an exception that should not have been possible."""
+    place = error.__traceback__
+    while place.tb_next is not None:
+        place = place.tb_next
+    return PackTrackError("internal error: {} at line {}; please report it".format(
+        type(error).__name__, place.tb_lineno), kind="internal", ends_run=True)
+
+
+# ---- main: from settings to what does the work -------------------------------------------------------------
 
 
 def open_appender(settings, name, mode, error_class):
     """Return the Appender of an option that names a file, or None; check it before anything is sent."""
-    if not settings[name]:
-        return None
     try:
-        return Appender(settings[name], mode)
+        return Appender(settings[name], mode) if settings[name] else None
     except InputError as error:
         raise error_class(str(error), where=settings.sources[name])
 
 
 def read_key(settings, watch, reporter):
     """Return the API key, from its option or from the first line of its file. Raises InvalidError."""
-    key = settings["api-key"]
+    key, name = settings["api-key"], settings.sources.get("api-key-file")
     if settings["api-key-file"]:
-        source_name = settings.sources["api-key-file"]
+        text = b""
         try:
-            source, text = Source(settings["api-key-file"], watch), b""
-            try:
-                while b"\n" not in text and len(text) < BLOCK:
-                    chunk = source.read()
-                    if not chunk:
-                        break
-                    text += chunk
-            finally:
-                source.close()
+            source = Source(settings["api-key-file"], watch)
+            for chunk in iter(source.read, b""):
+                text += chunk
+                if b"\n" in text or len(text) > BLOCK:
+                    break
+            source.close()
             key = parse_header(text.split(b"\n")[0].decode("utf-8").strip())
         except InputError as error:
-            raise InvalidError(str(error), where=source_name)
+            raise InvalidError(str(error), where=name)
         except ValueError:
-            raise InvalidError("the file's first line must be the key: visible ASCII characters (it is not shown)",
-                               where=source_name)
+            raise InvalidError("the file's first line must be the key, in visible ASCII (it is not shown)", where=name)
         if source.is_file and os.name != "nt" and source.mode & 0o077:
-            reporter.trace("{}: the file can be read by others; chmod 600 it".format(source_name))
+            reporter.trace("{}: others may read the file; chmod 600 would keep it yours".format(name))
     if not key:
         raise InvalidError("no API key: set PACKTRACK_API_KEY, or use --api-key-file or --api-key")
     reporter.hide(key)
@@ -2880,18 +2708,20 @@ def make_client(settings, watch, reporter):
     return Client(
         read_key(settings, watch, reporter), settings["base-url"], settings["timeout"], settings["retries"],
         settings["backoff-initial"], settings["backoff-max"], settings["jitter"], settings["user-agent"],
-        settings["gzip"], settings["health-path"], trace=reporter.trace,
+        settings["gzip"], settings["health-path"], trace=reporter.trace if reporter.verbose else None,
         watch=ThreadWatch(watch.deadline) if settings["async"] else watch)
 
 
-def make_sink(settings, watch, reporter):
-    """Return where the settings send records, or None for --dry-run."""
-    if settings["dry-run"]:
-        return None
-    if settings["output"]:
-        return FileSink(open_appender(settings, "output", 0o666, InputError))
-    return HttpSink(make_client(settings, watch, reporter), settings["idempotency-key"], reporter.trace,
-                    settings["health-enable"])
+def make_delivery(settings, watch, reporter):
+    """Return the Delivery that the settings describe, and have the reporter report of it."""
+    undelivered = sink = None
+    if not settings["dry-run"]:
+        undelivered = open_appender(settings, "undelivered", 0o600, InvalidError)
+        sink = FileSink(open_appender(settings, "output", 0o666, InputError)) if settings["output"] else HttpSink(
+            make_client(settings, watch, reporter), settings["idempotency-key"],
+            reporter.trace if reporter.verbose else None, settings["health-enable"])
+    reporter.delivery = Delivery(sink, settings["keep-going"], undelivered, reporter.warn, reporter.progress)
+    return reporter.delivery
 
 
 def event_from_flags(settings, event):
@@ -2899,28 +2729,15 @@ def event_from_flags(settings, event):
     missing = [option.flag for option in EVENT_OPTIONS
                if ".".join(option.field) in REQUIRED and not settings[option.name] and option.field[0] not in event]
     if missing:
-        raise InvalidError("{} missing: give {}, or the variable".format(
-            ", ".join(missing), "it" if len(missing) == 1 else "them"))
+        raise InvalidError("missing {}: give {} or the variable".format(
+            ", ".join(missing), "the flag" if len(missing) == 1 else "the flags"))
     return dump_json(complete_event(event, event_defaults(settings), utc_timestamp(time.time())))
 
 
-def make_delivery(settings, watch, reporter):
-    """Return the Delivery that the settings describe, and have the reporter report of it."""
-    undelivered = None
-    if not settings["dry-run"]:
-        undelivered = open_appender(settings, "undelivered", 0o600, InvalidError)
-    reporter.delivery = Delivery(make_sink(settings, watch, reporter), settings["keep-going"], undelivered,
-                                 reporter.warn, reporter.progress)
-    return reporter.delivery
-
-
-def deliver_flags(settings, delivery, event):
-    """Deliver the one event that flags and variables make."""
-    record = event_from_flags(settings, event)
+def deliver_event(record, delivery):
+    """Deliver one event, the bytes of its JSON."""
     delivery.read = 1
-    if delivery.sink is None:
-        delivery.lose_rest()
-    else:
+    if delivery.sink is not None:
         delivery.sink.single, delivery.sink.total = True, 1
         delivery.send(Batch([record], range(1, 2)))
 
@@ -2936,9 +2753,24 @@ def deliver_input(settings, watch, delivery):
         source.close()
     else:
         replay = Replay(source, keep=delivery.sink is not None)
-        batcher = Batcher(settings["batch-size"], settings["max-batch-bytes"])
-        deliver_kept(scanner, replay, delivery, batcher, watch)
+        deliver_kept(scanner, replay, delivery, Batcher(settings["batch-size"], settings["max-batch-bytes"]), watch)
         replay.close()
+
+
+def run(settings, watch, reporter):
+    """Do what the settings say. Return the error whose exit code stands, or None; raises PackTrackError too."""
+    if settings["health"]:
+        return check_health(settings, watch, reporter)
+    delivery = make_delivery(settings, watch, reporter)
+    try:
+        if settings["file"] or settings["stdin"]:
+            deliver_input(settings, watch, delivery)
+        else:
+            deliver_event(event_from_flags(settings, {}), delivery)
+    finally:
+        delivery.lose_rest()
+        delivery.close()
+    return delivery.error
 
 
 def check_health(settings, watch, reporter):
@@ -2953,86 +2785,59 @@ def check_health(settings, watch, reporter):
         client.close()
 
 
-def run(settings, watch, reporter):
-    """Do what the settings say. Return the error whose exit code stands, or None; raises PackTrackError too."""
-    if settings["health"]:
-        settings["async"] = None
-        return check_health(settings, watch, reporter)
-    delivery = make_delivery(settings, watch, reporter)
-    try:
-        if settings["file"] or settings["stdin"]:
-            deliver_input(settings, watch, delivery)
-        else:
-            deliver_flags(settings, delivery, {})
-    finally:
-        delivery.lose_rest()
-        delivery.close()
-    return delivery.error
-
-
-def run_guarded(settings, watch, reporter, work):
-    """Return the error that work(settings, watch, reporter) returns or raises, or None; INT and TERM go to the watch."""
+def guarded(watch, work, *arguments):
+    """Return the error that work(*arguments) returns or raises, or None; INT and TERM go to the watch."""
     import signal
 
-    before = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            before.append((number, signal.signal(number, watch.handle_signal)))
+    before = {number: signal.signal(number, watch.handle_signal) for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        return work(settings, watch, reporter)
+        return work(*arguments)
     except PackTrackError as error:
         return error
     except Interrupted:
         return None
     except Exception as error:
-        place = error.__traceback__
-        while place.tb_next is not None:
-            place = place.tb_next
-        return PackTrackError("internal error: {} at line {}; please report it".format(
-            type(error).__name__, place.tb_lineno), kind="internal")
+        return internal_error(error)
     finally:
-        for number, handler in before:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def report_command(settings, reporter):
     """Run the command of the settings and report how it ended; return the exit code, which is the command's own."""
-    settings["async"], trouble = None, settings.trouble
+    trouble, settings["async"] = settings.trouble, None
     if trouble is None:
         try:
             event_from_flags(settings, Ending(settings.command).event())
         except InvalidError as error:
             trouble = error
     if trouble is not None:
-        reporter.error("{}; the command runs, but will not be reported".format(trouble))
+        reporter.say("error: {}; the command runs, and will not be reported".format(trouble))
     ending = run_command(settings.command, settings["command-timeout"])
-    if ending.how.startswith("could not"):
-        reporter.error("{} {}".format(ending.name, ending.how))
+    if ending.fault:
+        reporter.say("error: {} {}".format(ending.name, ending.fault))
     if trouble is None:
-        event = ending.event()
+        watch, event = Watch(settings["deadline"] or COMMAND_DELIVERY), ending.event()
         event.update({name: settings[name] for name in ("status", "severity", "message") if settings.from_flag(name)})
 
-        def deliver_ending(settings, watch, reporter):
+        def deliver_ending():
             delivery = make_delivery(settings, watch, reporter)
-            try:
-                deliver_flags(settings, delivery, event)
-            finally:
-                delivery.close()
+            deliver_event(event_from_flags(settings, event), delivery)
+            delivery.close()
             return delivery.error
 
-        watch = Watch(settings["deadline"] or COMMAND_DELIVERY)
-        trouble = run_guarded(settings, watch, reporter, deliver_ending)
+        trouble = guarded(watch, deliver_ending)
         if trouble is not None or watch.signal:
-            reporter.error("the command's end was not reported: {}".format(trouble or "stopped by a signal"))
-    if settings["strict"] and trouble is not None and ending.exit_code == 0:
-        return trouble.exit_code
-    return ending.exit_code
+            reporter.say("error: the command's end was not reported: {}".format(trouble or "stopped by a signal"))
+    return trouble.exit_code if settings["strict"] and trouble and not ending.exit_code else ending.exit_code
 
 
 def wants_json(argv, environ):
     """Tell whether a command line that was refused asked for --json."""
-    words = argv[:argv.index("--")] if "--" in argv else argv
-    asked = [word for word in words if word in ("--json", "--no-json")]
+    asked = [word for word in argv if word in ("--json", "--no-json")]
+    if "--" in argv:
+        return False
     return asked[-1] == "--json" if asked else environ.get("PACKTRACK_JSON", "").lower() in TRUE
 
 
@@ -3040,23 +2845,23 @@ def main(argv=None):
     """Run the program with the arguments argv (by default the process's own) and return its exit code."""
     import gc
 
-    gc.disable()  # records make no cycles, and looking for some among millions takes a third of the time
+    gc.disable()  # records make no cycles, and to look for some among millions takes a third of the time
     argv = sys.argv[1:] if argv is None else list(argv)
     reporter, settings, watch = Reporter(os.environ), None, Watch()
     try:
         settings = resolve(argv, os.environ)
         if settings["help"] or settings["version"] or settings["completion"]:
-            reporter.out(help_text() if settings["help"] else "{} {}\n".format(PROGRAM, VERSION) if settings["version"]
-                         else completion(settings["completion"]))
+            reporter.out(help_text() if settings["help"] else completion(settings["completion"])
+                         if settings["completion"] else "{} {}\n".format(PROGRAM, VERSION))
             return 0
         reporter.configure(settings)
         if settings.command is not None:
             return report_command(settings, reporter)
         if not argv and not any(settings[name] for name in ("message", "file", "stdin", "health")):
-            reporter.usage()
+            reporter.say("nothing to send\n" + USAGE + "See packtrack-logger --help.")
             return 1
         watch = Watch(settings["deadline"])
-        error = run_guarded(settings, watch, reporter, run)
+        error = guarded(watch, run, settings, watch, reporter)
     except PackTrackError as refusal:
         error = refusal
     except KeyboardInterrupt:  # before there was anything to interrupt

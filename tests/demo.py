@@ -31,7 +31,7 @@ def show_command(words):
     """A command as one would type it, folded."""
     lines = [""]
     for word in words:
-        word = shlex.quote(word)
+        word = word if word == "|" else shlex.quote(word)
         if lines[-1] and len(lines[-1]) + len(word) > WIDTH - 8:
             lines.append("")
         lines[-1] += (" " if lines[-1] else "") + word

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import select
 import socket
 import subprocess
 import sys
@@ -13,8 +14,7 @@ import time
 # the command (leader), or runs it as a shell runs a foreground job and tells CONTROL what becomes of it.
 TERMINAL = """\
 import fcntl, os, signal, sys, termios
-mode, tty, control, argv = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
-fd = os.open(tty, os.O_RDWR)
+mode, fd, control, argv = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
 for stream in (0, 1, 2):
     os.dup2(fd, stream)
@@ -60,26 +60,25 @@ class Terminal:
         self.output = b""
         try:
             self.process = subprocess.Popen(
-                [sys.executable, path, mode, os.ttyname(slave), str(other.fileno()), *argv],
+                [sys.executable, path, mode, str(slave), str(other.fileno()), *argv],
                 env=env,
                 cwd=str(cwd),
                 start_new_session=True,
-                pass_fds=[other.fileno()],
+                pass_fds=[slave, other.fileno()],
                 stdin=subprocess.DEVNULL,
             )
         finally:
             os.close(slave)
             other.close()
+        # A terminal is closed only when nobody reads it.
+        self._stop, self._stopper = os.pipe()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self):
         with contextlib.suppress(OSError):  # EIO: the last one at the other end has gone
-            while True:
-                data = os.read(self.master, 65536)
-                if not data:
-                    break
-                self.output += data
+            while self._stop not in select.select([self.master, self._stop], [], [])[0]:
+                self.output += os.read(self.master, 65536)
 
     def type(self, data):
         """Press keys."""
@@ -95,7 +94,10 @@ class Terminal:
 
     def hang_up(self):
         """The window is closed."""
-        os.close(self.master)
+        os.write(self._stopper, b"x")
+        self._reader.join()
+        for descriptor in (self.master, self._stop, self._stopper):
+            os.close(descriptor)
         self.master = None
 
     def told(self):
@@ -107,11 +109,11 @@ class Terminal:
         return self.process.wait(20)
 
     def close(self):
-        """Whatever is left, end it."""
+        """Whatever is left, end it: the foreground job is hung up when its shell dies."""
+        if self.master is None:
+            return
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
         self.control.close()
-        if self.master is not None:
-            self._reader.join(5)
-            os.close(self.master)
+        self.hang_up()

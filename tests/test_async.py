@@ -40,7 +40,7 @@ sender.flush()
 sender.close()
 client.close()
 """
-RUNS = [pytest.param(seed, marks=() if seed < 4 else pytest.mark.full,
+RUNS = [pytest.param(seed, marks=() if seed < 2 else pytest.mark.full,
                      id="run %d" % seed) for seed in range(50)]
 
 

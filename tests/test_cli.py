@@ -310,16 +310,11 @@ def test_event_option_comes_from_variable_or_flag_and_the_flag_wins(run, server,
     assert server.records == wanted
 
 
-@pytest.mark.parametrize(
-    "name, word",
-    [
-        *(("severity", word) for word in ("debug", "info", "warn", "error")),
-        *(("status", word) for word in ("ok", "failed", "skipped", "timeout", "retrying", "unknown")),
-    ],
-)
-def test_every_word_of_an_enumeration_is_taken(run, server, name, word):
-    assert_silent_success(run(*flags(**{name: word}), server=server))
-    assert server.records == [event(**{name: word})]
+def test_every_word_of_the_enumerations_is_taken(run, server, put):
+    records = [event(severity=word) for word in ("debug", "info", "warn", "error")]
+    records += [event(status=word) for word in ("ok", "failed", "skipped", "timeout", "retrying", "unknown")]
+    assert_silent_success(run("--file", put(records), "--ndjson", server=server))
+    assert server.records == records
 
 
 @pytest.mark.both_forms
@@ -339,17 +334,21 @@ def test_a_missing_timestamp_is_now_in_utc_with_a_fraction(run, server):
     assert int(before) <= stamp.timestamp() <= after
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["source-env", "workflow-name", "run-id", "step-id", "actor-display", "metadata", "extra", "timestamp"],
-)
-def test_an_optional_flag_that_is_empty_is_left_out(run, server, name):
-    assert_silent_success(run(*flags(**{name.replace("-", "_"): ""}), server=server))
+def test_an_optional_flag_that_is_empty_is_left_out(run, server):
+    empty = (
+        "source_env",
+        "workflow_name",
+        "run_id",
+        "step_id",
+        "actor_display",
+        "metadata",
+        "extra",
+        "timestamp",
+    )
+    assert_silent_success(run(*flags(**dict.fromkeys(empty, "")), server=server))
     record = dict(server.records[0])
-    if name == "timestamp":
-        assert NOW.fullmatch(record["timestamp"])
-        record["timestamp"] = event()["timestamp"]
-    assert record == event()
+    assert NOW.fullmatch(record["timestamp"])
+    assert {**record, "timestamp": event()["timestamp"]} == event()
 
 
 def test_an_empty_metadata_object_is_left_out_or_empty(run, server):
@@ -549,8 +548,8 @@ BOOLEANS = [
     (["--gzip"], {}, True),
     (["--no-gzip"], {}, False),
     ([], {}, False),
-    *(([], {"PACKTRACK_GZIP": word}, True) for word in ("1", "true", "yes", "y", "on", "TRUE", "Yes", "oN")),
-    *(([], {"PACKTRACK_GZIP": word}, False) for word in ("0", "false", "no", "n", "off", "FALSE", "No", "")),
+    *(([], {"PACKTRACK_GZIP": word}, True) for word in ("1", "true", "yes", "y", "oN")),
+    *(([], {"PACKTRACK_GZIP": word}, False) for word in ("0", "False", "no", "n", "OFF", "")),
     (["--no-gzip"], {"PACKTRACK_GZIP": "1"}, False),
     (["--gzip"], {"PACKTRACK_GZIP": "0"}, True),
     (["--gzip=true"], {}, True),
@@ -578,9 +577,8 @@ def test_a_boolean_that_is_neither_is_refused(run, server, argv, env, source):
     assert server.connections == 0
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_every_boolean_has_a_no_form_that_undoes_the_environment(run, server):
+    names = [
         "gzip",
         "stdin",
         "ndjson",
@@ -593,44 +591,42 @@ def test_a_boolean_that_is_neither_is_refused(run, server, argv, env, source):
         "async",
         "keep-going",
         "strict",
-        "flush",
-    ],
-)
-def test_every_boolean_has_a_no_form_that_undoes_the_environment(run, server, name):
-    env = {variable(name): "1"} if name != "flush" else {"PACKTRACK_NO_FLUSH": "1", "PACKTRACK_ASYNC": "1"}
-    flag = "--no-" + name if name != "flush" else "--flush"
-    assert_silent_success(run(*FLAGS, flag, env=env, server=server))
-    assert [request.method for request in server.requests] == ["POST"]
+    ]
+    env = {variable(name): "1" for name in [*names, "no-flush"]}
+    result = run(*FLAGS, "--flush", *("--no-" + name for name in names), env=env, server=server)
+    assert_silent_success(result)
+    assert [(request.method, "content-encoding" in request.headers) for request in server.requests] == [
+        ("POST", False)
+    ]
 
 
 @pytest.mark.parametrize(
-    "text",
+    "texts",
     [
-        "10000ms",
-        "10s",
-        "10",
-        "0.2m",
-        "1m30s",
-        "1.5h",
-        ".5h",
-        "900000us",
-        "1h2m3s4ms",
-        "5.",
-        "900000\u00b5s",
-        "900000000ns",
+        ("10000ms", "10s"),
+        ("10", "5."),
+        ("0.2m", "1m30s"),
+        ("1.5h", ".5h"),
+        ("90000000us", "90000000\u00b5s"),
+        ("1h2m3s4ms", "90000000000ns"),
     ],
 )
-def test_durations_as_in_go_and_bare_seconds_are_taken(run, server, text):
-    assert_silent_success(run(*FLAGS, "--timeout", text, "--deadline", text, server=server))
+def test_durations_as_in_go_and_bare_seconds_are_taken(run, server, texts):
+    assert_silent_success(run(*FLAGS, "--timeout", texts[0], "--deadline", texts[1], server=server))
     assert len(server.requests) == 1
 
 
+DASHES = ["-done-", "--", "-", "--help", "-h", "--file", "--message=x", "-1", "=", "a=b"]
+
+
 @pytest.mark.parametrize(
-    "value", ["-done-", "--", "-", "--help", "-h", "--file", "--message=x", "-1", "=", "a=b"]
+    "argv, value",
+    [
+        *((["--message", value], value) for value in DASHES),
+        *((["--message=" + value], value) for value in DASHES[:3]),
+    ],
 )
-@pytest.mark.parametrize("joined", [False, True], ids=["separate", "joined"])
-def test_a_value_may_begin_with_a_dash(run, server, value, joined):
-    argv = ["--message=" + value] if joined else ["--message", value]
+def test_a_value_may_begin_with_a_dash(run, server, argv, value):
     assert_silent_success(run(*flags(message=None), *argv, server=server))
     assert server.records == [event(message=value)]
 
@@ -685,6 +681,7 @@ BAD_HEADERS = {
     "leading blank": " " + SECRET,
     "trailing blank": SECRET + " ",
     "tab": SECRET + "\tx",
+    "not UTF-8": SECRET + "\udcff",
 }
 LABEL = "a" * 64
 BAD_URLS = {
@@ -737,6 +734,7 @@ BAD_DURATIONS = {
     "two points": "1.2.3s",
     "point alone": ".s",
 }
+BAD_WAITS = {name: value for name, value in BAD_DURATIONS.items() if not name.startswith("zero")}
 BAD_COUNTS = {
     "negative": "-1",
     "fraction": "1.5",
@@ -785,24 +783,39 @@ BAD_TIMESTAMPS = {
 }
 
 
-def table(cases):
-    """{id: value, or tuple of values} as parameters."""
-    rows = {name: value if isinstance(value, tuple) else (value,) for name, value in cases.items()}
-    return [pytest.param(*row, id=name) for name, row in rows.items()]
+def table(cases, daily=None):
+    """{id: value, or tuple of values} as parameters; those not in `daily` are marked full."""
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            id=name,
+            marks=[] if daily is None or name in daily else [pytest.mark.full],
+        )
+        for name, value in cases.items()
+    ]
 
 
 def refused(run, server, argv, env, *words):
-    """Exit 1, one line, nothing sent, no secret; and --json's line agrees."""
+    """Exit 1, one line, nothing sent, no secret."""
     result = run(*argv, env=env, server=server, secrets=[SECRET])
     assert_fails(result, 1, *words)
-    assert result.out == ""
+    if "--json" not in argv:
+        assert result.out == ""
     assert server.connections == 0
 
 
-@pytest.mark.parametrize("value", table(BAD_HEADERS))
+NAMED_HEADERS = ("CR", "LF", "ESC", "fold", "non-ASCII", "blank")
+
+
+@pytest.mark.parametrize("value", table(BAD_HEADERS, NAMED_HEADERS))
 @pytest.mark.parametrize("name", ["api-key", "idempotency-key", "user-agent"])
 def test_arguments_header_values(run, server, name, value):
     refused(run, server, [*FLAGS, "--" + name, value], {}, "--" + name)
+
+
+@pytest.mark.parametrize("value", table(BAD_HEADERS, ("CR", "non-ASCII", "not UTF-8")))
+@pytest.mark.parametrize("name", ["api-key", "idempotency-key", "user-agent"])
+def test_arguments_header_values_from_the_environment(run, server, name, value):
     refused(run, server, FLAGS, {variable(name): value}, variable(name))
 
 
@@ -823,29 +836,19 @@ def test_arguments_misspelt_and_stray(run, server, argv, words):
     refused(run, server, [*FLAGS, *argv], {}, *words)
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--mess", "x"],
-        ["--sever", "info"],
-        ["--verb"],
-        ["--time=5"],
-        ["--source", "x"],
-        ["--dry"],
-        ["--js"],
-        ["--back", "1s"],
-    ],
-)
+@pytest.mark.parametrize("argv", [["--mess", "x"], ["--time=5"], ["--dry"], ["--source", "x"]])
 def test_arguments_abbreviations(run, server, argv):
     refused(run, server, [*FLAGS, *argv], {}, "unknown", argv[0].split("=")[0])
 
 
 @pytest.mark.parametrize("url", table(BAD_URLS))
-def test_arguments_base_url(run, url):
-    with StandIn() as server:
-        refused(run, server, [*FLAGS, "--base-url", url], {}, "--base-url")
-        result = run(*FLAGS, env={"PACKTRACK_BASE_URL": url}, secrets=[SECRET])
-        assert_fails(result, 1, "PACKTRACK_BASE_URL")
+def test_arguments_base_url(run, server, url):
+    refused(run, server, [*FLAGS, "--base-url", url], {}, "--base-url")
+
+
+@pytest.mark.parametrize("url", table(BAD_URLS, ("user and password", "query", "no scheme")))
+def test_arguments_base_url_from_the_environment(run, url):
+    assert_fails(run(*FLAGS, env={"PACKTRACK_BASE_URL": url}, secrets=[SECRET]), 1, "PACKTRACK_BASE_URL")
 
 
 @pytest.mark.parametrize(
@@ -863,13 +866,25 @@ def test_arguments_base_url_that_is_fine(run, url):
     assert_silent_success(run(*FLAGS, "--dry-run", "--base-url", url))
 
 
-@pytest.mark.parametrize("value", table(BAD_DURATIONS))
+NAMED_NUMBERS = (
+    "negative",
+    "NaN",
+    "infinite",
+    "absurdly large",
+    "1_0",
+    "Arabic digits",
+    "empty",
+    "unit alone",
+)
+
+
+@pytest.mark.parametrize("value", table(BAD_DURATIONS, NAMED_NUMBERS + ("zero",)))
 def test_arguments_timeout(run, server, value):
     refused(run, server, [*FLAGS, "--timeout", value], {}, "--timeout")
 
 
 @pytest.mark.parametrize("name", ["deadline", "backoff-initial", "backoff-max", "flush-interval", "timeout"])
-@pytest.mark.parametrize("value", ["-1s", "nan", "1_0", "9" * 30 + "h", "5x"])
+@pytest.mark.parametrize("value", table(BAD_WAITS, ("negative",)))
 def test_arguments_durations_from_the_environment(run, server, name, value):
     refused(run, server, FLAGS, {variable(name): value}, variable(name))
 
@@ -879,24 +894,27 @@ def test_arguments_limits_of_zero(run, server, name):
     refused(run, server, [*FLAGS, "--" + name, "0ms"], {}, "--" + name)
 
 
-@pytest.mark.parametrize("value", table(BAD_COUNTS))
+@pytest.mark.parametrize("value", table(BAD_COUNTS, NAMED_NUMBERS))
 def test_arguments_retries(run, server, value):
     refused(run, server, [*FLAGS, "--retries", value], {}, "--retries")
 
 
 @pytest.mark.parametrize("name", ["batch-size", "max-batch-bytes", "queue-capacity"])
-@pytest.mark.parametrize("value", ["0", "-1", "1.5", "nan", "1_0", "\u0661"])
+@pytest.mark.parametrize("value", table({"zero": "0", **BAD_COUNTS}, ("zero", "negative")))
 def test_arguments_counts(run, server, put, name, value):
     put(events(1))
     refused(run, server, ["--file", "events.ndjson", "--ndjson", "--" + name, value], {}, "--" + name)
 
 
-@pytest.mark.parametrize("value", table(BAD_FRACTIONS))
+@pytest.mark.parametrize("value", table(BAD_FRACTIONS, NAMED_NUMBERS + ("over 1",)))
 def test_arguments_jitter(run, server, value):
     refused(run, server, [*FLAGS, "--jitter", value], {}, "--jitter")
 
 
-@pytest.mark.parametrize("value", table(BAD_TIMESTAMPS))
+NAMED_TIMESTAMPS = ("year 0000", "30 February", "24:00", "+25:00", "comma", "blank for T", "no zone")
+
+
+@pytest.mark.parametrize("value", table(BAD_TIMESTAMPS, NAMED_TIMESTAMPS))
 def test_arguments_timestamp(run, server, value):
     refused(run, server, flags(timestamp=value), {}, "--timestamp")
 
@@ -1084,8 +1102,8 @@ def number(text):
 JSON, NDJSON, ANY = (), ("--ndjson",), None
 GOOD, MARKED = line(), line(message=MARK)
 BAD_INPUT = {  # id: (content, argv, words)
-    "empty": (b"", ANY, ["empty|no record|nothing"]),
-    "blank": (b" \r\n\t\n \n", ANY, ["empty|no record|nothing"]),
+    "empty": (b"", ANY, ["empty|no event|no record|nothing"]),
+    "blank": (b" \r\n\t\n \n", ANY, ["empty|no event|no record|nothing"]),
     "byte order mark alone": (b"\xef\xbb\xbf", ANY, []),
     "UTF-16": (MARKED.decode("ascii").encode("utf-16"), ANY, ["UTF-8|JSON"]),
     "UTF-16 without a mark": (MARKED.decode("ascii").encode("utf-16-le"), ANY, []),
@@ -1127,8 +1145,8 @@ BAD_INPUT = {  # id: (content, argv, words)
     "torn last line": (MARKED + b"\n" + MARKED[:40], NDJSON, []),
     "torn array": (b"[" + MARKED + b"," + MARKED[:40], JSON, []),
     "array not closed": (b"[" + MARKED, JSON, []),
-    "[]": (b"[]", JSON, ["empty|no record|nothing"]),
-    "[ ]": (b" [\n\n] \n", JSON, ["empty|no record|nothing"]),
+    "[]": (b"[]", JSON, ["empty|no event|no record|nothing"]),
+    "[ ]": (b" [\n\n] \n", JSON, ["empty|no event|no record|nothing"]),
     "[] with --ndjson": (b"[]\n", NDJSON, []),
     "[[]]": (b"[[]]", JSON, ["object"]),
     "[1]": (b"[1]", JSON, ["object"]),
@@ -1148,8 +1166,16 @@ BAD_INPUT = {  # id: (content, argv, words)
     "no-break space around": ("\u00a0".encode("utf-8") + MARKED, ANY, []),
     "form feed around": (b"\f" + MARKED, ANY, []),
 }
+# Both ways of reading are daily for these; for the others one of them is.
+BOTH_DAILY = ("empty", "blank", "UTF-16", "invalid UTF-8", "501 levels", "NaN", "torn", "null")
 INPUT_CASES = [
-    pytest.param(content, argv, words, id="%s%s" % (name, " (ndjson)" if given is ANY and argv else ""))
+    pytest.param(
+        content,
+        argv,
+        words,
+        id="%s%s" % (name, " (ndjson)" if given is ANY and argv else ""),
+        marks=[pytest.mark.full] if given is ANY and argv and name not in BOTH_DAILY else [],
+    )
     for name, (content, given, words) in BAD_INPUT.items()
     for argv in ((JSON, NDJSON) if given is ANY else (given,))
 ]
@@ -1234,10 +1260,6 @@ def test_input_closed_standard_input(run, server, argv):
     assert server.connections == 0
 
 
-def test_input_standard_input_is_a_directory(run, server, tmp_path):
-    assert_fails(run("--stdin", server=server, redirect="<."), 4)
-
-
 GOOD_INPUT = {  # id: (content, argv, records)
     "byte order mark": (b"\xef\xbb\xbf" + GOOD, ANY, [GOOD]),
     "CRLF": (GOOD + b"\r\n" + GOOD + b"\r\n", NDJSON, [GOOD, GOOD]),
@@ -1276,7 +1298,13 @@ GOOD_INPUT = {  # id: (content, argv, records)
     "a record of 1 MB": (line(message="x" * 1000000), ANY, [line(message="x" * 1000000)]),
 }
 GOOD_CASES = [
-    pytest.param(content, argv, records, id="%s%s" % (name, " (ndjson)" if given is ANY and argv else ""))
+    pytest.param(
+        content,
+        argv,
+        records,
+        id="%s%s" % (name, " (ndjson)" if given is ANY and argv else ""),
+        marks=[pytest.mark.full] if given is ANY and not argv else [],
+    )
     for name, (content, given, records) in GOOD_INPUT.items()
     for argv in ((JSON, NDJSON) if given is ANY else (given,))
 ]
@@ -1349,7 +1377,7 @@ INVALID = {  # id: (overrides, field, words)
         for name, value in (("missing", MISSING), ("a number", 5))
     },
     **{
-        "%s %s" % (field.replace("__", "."), name): ({field: value}, field.replace("__", "."), ["string"])
+        "%s a number" % field.replace("__", "."): ({field: 5}, field.replace("__", "."), ["string"])
         for field in (
             "source__env",
             "workflow__name",
@@ -1357,13 +1385,8 @@ INVALID = {  # id: (overrides, field, words)
             "workflow__step_id",
             "actor__display_name",
         )
-        for name, value in (("a number", 5),)
     },
-    **{
-        "%s %s" % (field, name): ({field: value}, field, ["object"])
-        for field in ("metadata", "extra")
-        for name, value in (("a list", []),)
-    },
+    **{"%s a list" % field: ({field: []}, field, ["object"]) for field in ("metadata", "extra")},
     **{
         "%s %s" % (field, name): ({field: value}, field, [])
         for field in ("source", "workflow", "actor")
@@ -1454,9 +1477,8 @@ def test_empty_optional_strings_and_nulls_are_accepted(run, server, put):
     assert {"metadata": None, "extra": None, **arrived} == record
 
 
-@pytest.mark.parametrize(
-    "stamp",
-    [
+def test_timestamps_that_are_good(run, server, put):
+    stamps = [
         "2024-02-29T00:00:00Z",
         "2000-02-29T23:59:59.999999999Z",
         "0001-01-01T00:00:00Z",
@@ -1465,11 +1487,10 @@ def test_empty_optional_strings_and_nulls_are_accepted(run, server, put):
         "2025-01-01T00:00:00+14:00",
         "2025-01-01T00:00:00-00:00",
         "2025-01-01T00:00:00.1Z",
-    ],
-)
-def test_timestamps_that_are_good(run, server, put, stamp):
-    assert_silent_success(run("--file", put([event(timestamp=stamp)]), "--ndjson", server=server))
-    assert server.records == [event(timestamp=stamp)]
+    ]
+    records = [event(timestamp=stamp) for stamp in stamps]
+    assert_silent_success(run("--file", put(records), "--ndjson", server=server))
+    assert server.records == records
 
 
 # ---- completion of records -------------------------------------------------------------------------------
@@ -1570,7 +1591,7 @@ COMPLETED = {  # id: (defaults, record, what goes out)
 
 
 @pytest.mark.parametrize("defaults, record, wanted", table(COMPLETED))
-@pytest.mark.parametrize("source", ["flags", "environment"])
+@pytest.mark.parametrize("source", ["flags", pytest.param("environment", marks=pytest.mark.full)])
 def test_records_are_completed_from_flags_and_environment(run, server, put, defaults, record, wanted, source):
     pairs = {name.replace("_", "-"): value for name, value in defaults.items()}
     argv, env = [], {}
@@ -1746,7 +1767,7 @@ def test_the_servers_words_are_short_printable_and_without_the_key(run):
     assert KEY[:8] not in result.err
 
 
-@pytest.mark.parametrize("pad", range(185, 203, 3))
+@pytest.mark.parametrize("pad", range(186, 201, 7))
 def test_a_key_at_the_edge_of_what_is_quoted_leaves_no_part(run, pad):
     with StandIn(default=Reply(400, body=b"y" * pad + KEY.encode("ascii"))) as server:
         assert KEY[:5] not in run(*FLAGS, server=server).err
@@ -1868,7 +1889,7 @@ def test_retry_after_that_says_nothing_is_ignored(run, value):
 def test_retry_after_that_is_too_far_ends_the_tries_at_once(run, argv, value):
     with StandIn(default=Reply(503, headers={"Retry-After": value})) as server:
         result = run(*FLAGS, *argv, env=FAST, server=server)
-    assert_fails(result, 3, "(?i)retry-after|wait")
+    assert_fails(result, 3, "(?i)retry-after|wait|deadline")
     assert len(server.requests) == 1
     assert result.seconds < 8
 
@@ -2286,7 +2307,7 @@ def test_a_refusal_at_the_door_keeps_the_whole_of_a_pipe(run, server, tmp_path, 
     data = ndjson(events(3)) + bad + b"\n" + ndjson(events(2))
     result = run("--stdin", "--ndjson", "--undelivered", "left", "--json", stdin=data, server=server)
     assert_fails(result, code)
-    assert (tmp_path / "left").read_bytes() == data
+    assert sorted((tmp_path / "left").read_bytes().splitlines()) == sorted(data.splitlines())
     assert result.summary["read"] == 6
     assert server.connections == 0
 
@@ -2387,7 +2408,7 @@ def test_async_delivers_all_in_order(run, server, argv, env):
 
 
 def test_async_full_queue_waits_and_drops_nothing(run, server):
-    data = ndjson(events(30000))
+    data = ndjson(events(10000))
     assert_silent_success(
         run(
             "--stdin",
@@ -2401,8 +2422,8 @@ def test_async_full_queue_waits_and_drops_nothing(run, server):
             server=server,
         )
     )
-    assert len(server.records) == 30000
-    assert server.records[-1] == events(30000)[-1]
+    assert len(server.records) == 10000
+    assert server.records[-1] == events(10000)[-1]
 
 
 @pytest.mark.parametrize(
@@ -2594,18 +2615,46 @@ def test_completion_prints_a_script(run, shell_name):
     assert "severity" in result.out and "packtrack-logger" in result.out
 
 
-def test_progress_is_off_unless_asked_for_or_on_a_terminal(run, put):
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
+@pytest.mark.parametrize(
+    "argv, env, terminal, shown",
+    [
+        ([], {}, False, False),
+        ([], {}, True, True),
+        (["--no-progress"], {}, True, False),
+        ([], {"PACKTRACK_PROGRESS": "0"}, True, False),
+    ],
+)
+def test_progress_is_shown_on_a_terminal_unless_switched_off(start, put, argv, env, terminal, shown):
     put(events(2))
-    argv = ["--file", "events.ndjson", "--ndjson", "--batch-size", "1"]
-    for extra, env, shown in (
-        ([], {}, False),
-        (["--progress"], {}, True),
-        ([], {"PACKTRACK_PROGRESS": "1"}, True),
-    ):
-        with StandIn(script=[Reply(delay=1.3)]) as server:
-            result = run(*argv, *extra, env=env, server=server)
-        assert result.code == 0
-        assert (result.err != "") is shown, result
+    options = {}
+    if terminal:
+        leader, follower = os.openpty()
+        options["stderr"] = follower
+    try:
+        with StandIn(script=[Reply(delay=1.1)]) as server:
+            result = start(
+                "--file",
+                "events.ndjson",
+                "--ndjson",
+                "--batch-size",
+                "1",
+                *argv,
+                env=env,
+                server=server,
+                **options,
+            ).result()
+        assert (result.code, result.out, result.err) == (0, "", "")
+        if terminal:
+            os.write(follower, b"end")
+            told = b""
+            while not told.endswith(b"end"):
+                told += os.read(leader, 65536)
+            assert (b"1" in told) is shown, told
+    finally:
+        if terminal:
+            os.close(leader)
+            os.close(follower)
 
 
 # ---- the environment of the host -------------------------------------------------------------------------

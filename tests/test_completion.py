@@ -20,39 +20,32 @@ STATUSES = ["failed", "ok", "retrying", "skipped", "timeout", "unknown"]
 
 # The command shows the words it was given; its end is spelt so that the echo of the line is not taken for it.
 SHOW = "packtrack-logger() { printf '<%s>' \"$@\"; printf 'E%s\\n' ND; }"
-START = {
-    "bash": (
-        ["bash", "--noprofile", "--norc", "-i"],
-        [
-            "bind 'set show-all-if-ambiguous on'",
-            "bind 'set bell-style none'",
-            "bind 'set enable-bracketed-paste off'",
-            "bind 'set completion-query-items 0'",
-            "bind 'set page-completions off'",
-            ". ./script",
-        ],
-    ),
-    "zsh": (
-        ["zsh", "-f", "-i"],
-        [
-            "unsetopt beep promptsp",
-            "LISTMAX=0",
-            "fpath=($PWD/functions $fpath)",
-            "autoload -Uz compinit",
-            "compinit -u -D",
-        ],
-    ),
-    "zsh-sourced": (
-        ["zsh", "-f", "-i"],
-        [
-            "unsetopt beep promptsp",
-            "LISTMAX=0",
-            "autoload -Uz compinit",
-            "compinit -u -D",
-            ". ./script",
-        ],
-    ),
+# What each shell starts with, and where it reads it; `script` is the completion.
+RC = {
+    "bash": [
+        "bind 'set show-all-if-ambiguous on'",
+        "bind 'set bell-style none'",
+        "bind 'set enable-bracketed-paste off'",
+        "bind 'set completion-query-items 0'",
+        "bind 'set page-completions off'",
+        ". ./script",
+    ],
+    "zsh": [
+        "unsetopt beep promptsp",
+        "LISTMAX=0",
+        "fpath=($PWD/functions $fpath)",
+        "autoload -Uz compinit",
+        "compinit -u -D",
+    ],
+    "zsh-sourced": [
+        "unsetopt beep promptsp",
+        "LISTMAX=0",
+        "autoload -Uz compinit",
+        "compinit -u -D",
+        ". ./script",
+    ],
 }
+ARGV = {"bash": ["bash", "--noprofile", "--rcfile", ".zshrc", "-i"], "zsh": ["zsh", "-d", "-i"]}
 
 
 def needs(shell):
@@ -85,32 +78,31 @@ class Line:
         work.mkdir()
         for name in ("events.json", "my events.json"):
             (work / name).write_text("[]")
-        argv, lines = START[kind]
+        (folder / ".zshrc").write_text("\n".join([*RC[kind], SHOW, "cd work", "PS1='READY> '", ""]))
         env = {
             "PATH": os.environ["PATH"],
             "HOME": home,
             "TERM": "dumb",
             "INPUTRC": "/dev/null",
             "LC_ALL": "C.UTF-8",
-            "PS1": "$ ",
+            "ZDOTDIR": str(folder),
             "COLUMNS": "200",
             "LINES": "50",
         }
-        self.terminal = Terminal("job", argv, env, folder)
-        self.terminal.type("\r".join([*lines, SHOW, "cd work", "echo REA''DY", ""]).encode("ascii"))
-        self.terminal.wait_for(b"READY")
+        self.terminal = Terminal("job", ARGV[kind.split("-")[0]], env, folder)
 
-    def press(self, typed, tabs):
+    def press(self, typed):
         """The line, Tab, Enter: (what was on the screen before the command ran, the command's words)."""
+        self.terminal.wait_for(b"READY>")
         since = len(self.terminal.output)
-        self.terminal.type(typed.encode("ascii") + b"\t" * tabs + b"\r")
+        self.terminal.type(typed.encode("ascii") + b"\t\r")
         text = self.terminal.wait_for(b"END", since).decode("utf-8", "replace")
         text = re.sub("\x1b\\[[0-9;?]*[A-Za-z]|[\x07\x0f]", "", text)
         screen, shown = text[: text.index("<")], text[text.index("<") :]
         return screen, re.findall("<([^>]*)>", shown)
 
 
-@pytest.fixture(params=sorted(START))
+@pytest.fixture(params=sorted(RC))
 def line(request, completion, home, tmp_path):
     """A line to type on, in each shell that edits lines on a terminal."""
     kind = request.param
@@ -162,7 +154,7 @@ def fish(completion, home, tmp_path):
     ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
 )
 def test_tab_completes_the_word(typed, words, line):
-    assert line.press("packtrack-logger " + typed, 1)[1] == words
+    assert line.press("packtrack-logger " + typed)[1] == words
 
 
 @pytest.mark.parametrize(
@@ -174,7 +166,7 @@ def test_tab_completes_the_word(typed, words, line):
     ],
 )
 def test_tab_lists_the_values(flag, words, line):
-    screen, given = line.press("packtrack-logger %s " % flag, 2)
+    screen, given = line.press("packtrack-logger %s " % flag)
     listed = screen.split("packtrack-logger")[1]
     for word in words:
         # Shells show a blank in a name as it is, or quoted.
@@ -185,7 +177,7 @@ def test_tab_lists_the_values(flag, words, line):
 
 
 def test_tab_on_dashes_lists_the_flags(line):
-    screen = line.press("packtrack-logger --a", 2)[0]
+    screen = line.press("packtrack-logger --a")[0]
     assert {"--api-key", "--api-key-file", "--async", "--actor-id", "--actor-type", "--actor-display"} <= set(
         re.findall("--[a-z-]+", screen)
     )

@@ -29,6 +29,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux a
 INVALID = b'{"timestamp":"2025-01-01T00:00:00Z","source":{"system":"s"},"workflow":{"id":"w"},' \
           b'"actor":{"type":"t","id":"i"},"severity":"loud","status":"ok","message":"invalid"}'
 MALFORMED = b'{"timestamp":"2025-01-01T00:00:00Z","source":{'
+REFUSED = [pytest.param(INVALID, 1, id="invalid"), pytest.param(MALFORMED, 4, id="malformed")]
 
 
 def lines_of(number, **overrides):
@@ -468,11 +469,11 @@ def test_an_undelivered_file_on_a_full_disk_is_told_and_the_verdict_stands(mode,
         result = send(lines_of(5), *mode, "--undelivered", "/dev/full",
                      "--json", server=server)
     assert result.code == 2
-    assert "/dev/full" in result.err
+    assert "/dev/full" in result.err or "not be kept" in result.err
     assert result.summary["undelivered"] == 5
 
 
-@pytest.mark.parametrize("bad, code", [(INVALID, 1), (MALFORMED, 4), (b"[1]", 4)])
+@pytest.mark.parametrize("bad, code", [*REFUSED, pytest.param(b"[1]", 4, id="an array")])
 def test_a_refusal_at_the_door_from_a_file_sends_and_writes_nothing(bad, code, send, server, tmp_path):
     lines = lines_of(300)
     lines[250:250] = [bad]
@@ -486,17 +487,17 @@ def test_a_refusal_at_the_door_from_a_file_sends_and_writes_nothing(bad, code, s
     assert result.summary["delivered"] == 0
 
 
-@pytest.mark.parametrize("bad, code", [(INVALID, 1), (MALFORMED, 4)])
+@pytest.mark.parametrize("bad, code", REFUSED)
 def test_a_refusal_at_the_door_from_a_pipe_keeps_the_whole_input(bad, code, pipe, server, tmp_path):
-    lines = lines_of(300)
-    lines[250:250] = [bad]
-    lines[280:280] = [MALFORMED, INVALID]
+    good = lines_of(300)
+    lines = good[:250] + [bad] + good[250:280] + [MALFORMED, INVALID] + good[280:]
     kept = tmp_path / "kept"
     result = pipe(lines, "--undelivered", kept, "--json", server=server)
     assert result.code == code
     assert ":251:" in result.err
     assert server.requests == []
-    assert kept_in(kept) == lines
+    assert sorted(kept_in(kept)) == sorted(lines)
+    assert [line for line in kept_in(kept) if line in good] == good
     assert result.summary["read"] == result.summary["undelivered"] + result.summary["invalid"] == len(lines)
 
 
@@ -507,7 +508,7 @@ def test_an_array_from_a_pipe_that_is_refused_is_kept_one_record_a_line(run, ser
     result = run("--stdin", "--undelivered", kept, "--json", stdin=text, server=server)
     assert result.code == 1
     assert server.requests == []
-    assert list(map(json.loads, kept_in(kept))) == list(map(json.loads, (lines[0], INVALID, lines[1])))
+    assert sorted(map(squeeze, kept_in(kept))) == sorted([lines[0], INVALID, lines[1]])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -630,50 +631,34 @@ def test_success_is_silent(send, server):
     assert (result.code, result.out, result.err) == (0, "", "")
 
 
-def hold_second():
-    """A script whose second answer waits, and the Event that lets it go."""
-    gate = threading.Event()
-    return [200, Reply(200, delay=gate)], gate
-
-
-def test_progress_is_shown_where_asked_for(start, tmp_path):
-    script, gate = hold_second()
-    with StandIn(script) as server:
-        source = write(tmp_path / "in", lines_of(1000))
-        handle = start("--file", source, "--ndjson", "--progress", "--timeout", "60s", server=server)
-        try:
-            handle.wait_for_err("%", timeout=20)
-        finally:
-            gate.set()
-        result = handle.result()
+def test_progress_is_shown_where_asked_for(send):
+    with StandIn([Reply(200, delay=1.2), Reply(200, delay=1.2)]) as server:
+        result = send(lines_of(1000), "--progress", server=server)
     assert result.code == 0
-    assert "100" in result.err
+    assert re.search(r"\b[2-9]00\b", result.err), result
+    assert "%" in result.err
 
 
 @posix
 @pytest.mark.parametrize("flag, shown", [((), True), (("--no-progress",), False)])
 def test_progress_is_on_by_default_on_a_terminal_alone(flag, shown, start, tmp_path):
-    script, gate = hold_second()
     master, slave = os.openpty()
     said = b""
     try:
-        with StandIn(script) as server:
+        with StandIn([200, Reply(200, delay=1.2)]) as server:
             source = write(tmp_path / "in", lines_of(1000))
-            handle = start("--file", source, "--ndjson", "--timeout", "60s", *flag, stderr=slave,
-                           server=server)
+            handle = start("--file", source, "--ndjson", *flag, stderr=slave, server=server)
             os.close(slave)
-            server.wait_for_requests(2)
-            while select.select([master], [], [], 15 if shown else 1.5)[0] and b"100" not in said:
-                try:
-                    said += os.read(master, 4096)
-                except OSError:
-                    break
-            gate.set()
             assert handle.result().code == 0
+        while select.select([master], [], [], 0)[0]:
+            try:
+                said += os.read(master, 4096)
+            except OSError:  # all of it was read, and nobody is left to write
+                break
     finally:
-        gate.set()
         os.close(master)
-    assert (b"100" in said) is shown
+    assert bool(re.search(rb"\b[2-9]00\b", said)) is shown
+    assert shown or not said
     assert standin.KEY.encode() not in said
 
 
@@ -737,6 +722,14 @@ def test_a_full_queue_makes_the_reader_wait(pipe, server):
     assert server.raw_records == lines
 
 
+def test_a_queue_full_of_bytes_does_not_wait_for_a_batch_to_fill(pipe, server):
+    lines = lines_of(300, metadata={"padding": "x" * 60000})
+    result = pipe(lines, "--async", "--batch-size", "1000", "--max-batch-bytes", "100000000", "--flush-interval",
+                  "1h", server=server)
+    assert result.code == 0
+    assert server.raw_records == lines
+
+
 def test_the_flush_interval_sends_what_there_is(start):
     lines = lines_of(3)
     with StandIn() as server:
@@ -762,7 +755,7 @@ def test_before_the_flush_interval_a_batch_is_filled(start):
     assert [len(request.events) for request in server.requests] == [100]
 
 
-@pytest.mark.parametrize("bad, code", [(INVALID, 1), (MALFORMED, 4)])
+@pytest.mark.parametrize("bad, code", REFUSED)
 @pytest.mark.parametrize("piped", [True, False], ids=["pipe", "file"])
 def test_async_flushes_what_came_before_a_bad_record(bad, code, piped, run, server, tmp_path):
     lines = lines_of(400)
@@ -888,8 +881,12 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("way", ["file", "pipe", "async file", "async pipe", "gzip", "output", "undelivered"])
-@pytest.mark.parametrize("shape", SHAPES)
+WAYS = ("file", "pipe", "async file", "async pipe", "gzip", "output", "undelivered")
+
+
+@pytest.mark.parametrize("way, shape", [
+    pytest.param(way, shape, marks=() if way == "file" or shape in ("ndjson", "mixed") else full)
+    for way in WAYS for shape in SHAPES])
 def test_the_bytes_of_a_complete_record_arrive_unchanged(way, shape, run, server, tmp_path):
     data, flags = SHAPES[shape]
     path = tmp_path / "in"
@@ -904,7 +901,7 @@ def test_the_bytes_of_a_complete_record_arrive_unchanged(way, shape, run, server
     assert (kept_in(written) if mode[-1:] == [written] else service.raw_records) == RECORDS
 
 
-@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize("record", RECORDS, ids=["numbers", "escapes", "nested"])
 @pytest.mark.parametrize("source", ["file", "stdin"])
 def test_the_bytes_of_a_single_complete_event_arrive_unchanged(record, source, run, server, tmp_path):
     path = tmp_path / "event.json"
@@ -939,7 +936,8 @@ def test_a_record_that_spans_lines_keeps_its_text_and_is_written_on_one_line(way
         result = run(*source, *mode, stdin=data if bad else None, server=server)
     assert result.code == {"undelivered": 2, "kept at the door": 1}.get(way, 0)
     got = kept_in(written) if mode[-1:] == [written] else server.raw_records
-    assert [squeeze(one) for one in got] == RECORDS_SQUEEZED + [squeeze(one) for one in bad]
+    assert [squeeze(one) for one in got if b'"invalid"' not in one] == RECORDS_SQUEEZED
+    assert [squeeze(one) for one in got if b'"invalid"' in one] == [INVALID] * len(bad)
 
 
 RECORDS_SQUEEZED = [squeeze(record) for record in RECORDS]
@@ -950,7 +948,7 @@ RECORDS_SQUEEZED = [squeeze(record) for record in RECORDS]
 def test_arrays_whose_records_cross_every_read_boundary(mode, between, run, server, tmp_path):
     dice = random.Random(7)
     lines = ndjson(event(message='"]},[{\\ %d' % number, metadata={"text": "é\\\"" * dice.randint(0, 9000)})
-                   for number in range(120)).splitlines()
+                   for number in range(70)).splitlines()
     path = tmp_path / "in.json"
     path.write_bytes(b"[" + between.join(lines) + b"]")
     assert run("--file", path, *mode, server=server).code == 0
@@ -1012,7 +1010,7 @@ def extend(path, size):
 
 @pytest.mark.parametrize("change, code", [(cut, 4), (rewrite, 4), (extend, 0)])
 def test_a_file_that_changes_while_it_is_sent_is_noticed(change, code, run, tmp_path):
-    lines = lines_of(2000, metadata={"padding": "x" * 10000})
+    lines = lines_of(1000, metadata={"padding": "x" * 10000})
     path = write(tmp_path / "in", lines)
     size = path.stat().st_size
     kept = tmp_path / "kept"
@@ -1026,13 +1024,13 @@ def test_a_file_that_changes_while_it_is_sent_is_noticed(change, code, run, tmp_
     with StandIn([answer]) as server:
         result = run("--file", path, "--ndjson", "--json", "--undelivered", kept, server=server)
     assert result.code == code
-    assert result.summary["read"] == 2000
+    assert result.summary["read"] == 1000
     assert server.raw_records == lines[:result.summary["delivered"]]
     if code:
-        assert 0 < result.summary["delivered"] < 2000
+        assert 0 < result.summary["delivered"] < 1000
         assert "chang" in result.err
     else:
-        assert result.summary["delivered"] == 2000
+        assert result.summary["delivered"] == 1000
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
@@ -1097,7 +1095,8 @@ def measure_form(form, peak, tmp_path, records, *more):
 
 
 @posix
-@pytest.mark.parametrize("form", FLAT)
+@pytest.mark.parametrize("form", [form if form in ("pipe", "array") else pytest.param(form, marks=full)
+                                  for form in FLAT])
 def test_memory_does_not_grow_with_the_number_of_records(form, peak, sink, tmp_path):
     records = bench.make_events(2000)
     few = measure_form(form, peak, tmp_path, records * 5)
@@ -1109,14 +1108,14 @@ def test_memory_does_not_grow_with_the_number_of_records(form, peak, sink, tmp_p
 
 
 @posix
-@pytest.mark.parametrize("form", [form if form in ("pipe", "array") else pytest.param(form, marks=full)
-                                  for form in FLAT])
+@full
+@pytest.mark.parametrize("form", FLAT)
 def test_memory_stays_under_64_mib_with_records_of_64_kib(form, peak, sink, tmp_path):
     records = [ndjson([event(message="event %d" % number, metadata={"text": "x" * 65000})]).strip()
-               for number in range(1500)]
+               for number in range(1100)]
     assert measure_form(form, peak, tmp_path, records) < 64 * MIB
     if form != "output":
-        assert sink.counts()["records"] == 1500
+        assert sink.counts()["records"] == 1100
 
 
 @posix
@@ -1124,15 +1123,16 @@ def test_memory_stays_under_64_mib_with_records_of_64_kib(form, peak, sink, tmp_
 def test_memory_stays_flat_with_batches_of_one(peak, sink, tmp_path):
     records = bench.make_events(2000)
     few = measure_form("file", peak, tmp_path, records, "--batch-size", "1")
-    many = measure_form("file", peak, tmp_path, records * 50, "--batch-size", "1")
+    many = measure_form("file", peak, tmp_path, records * 25, "--batch-size", "1")
     assert many - few <= 8 * MIB
-    assert sink.counts()["requests"] == 102000
+    assert sink.counts()["requests"] == 52000
 
 
 @posix
+@full
 def test_a_queue_of_large_records_is_bounded_in_bytes(peak):
     records = [ndjson([event(message="event %d" % number, metadata={"text": "x" * 60000})]).strip()
-               for number in range(1500)]
+               for number in range(1150)]
     gate = threading.Event()
 
     def feed(argv, env, stdin):
@@ -1149,7 +1149,7 @@ def test_a_queue_of_large_records_is_bounded_in_bytes(peak):
             os.set_blocking(pipe, True)
             process.stdin.write(rest)
             process.stdin.close()
-            assert stalled, "90 MB were taken in with nothing delivered"
+            assert stalled, "69 MB were taken in with nothing delivered"
             return process.wait(60)
         finally:
             gate.set()

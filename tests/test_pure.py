@@ -93,15 +93,15 @@ def test_the_table_has_every_option_of_requirements_and_design_and_no_other():
 def test_no_flag_short_form_or_variable_is_declared_twice():
     flags = [flag for option in pl.OPTIONS for flag in option.flags]
     assert len(flags) == len(set(flags))
-    variables = [option.variable for option in pl.OPTIONS if option.in_environment]
+    variables = [option.variable for option in pl.OPTIONS if option.variable]
     assert len(variables) == len(set(variables))
 
 
 @pytest.mark.parametrize("option", pl.OPTIONS, ids=lambda option: option.name)
 def test_every_option_has_help_a_group_and_a_variable(option):
     assert option.help and option.group
-    assert option.in_environment is (option.name not in WITHOUT_VARIABLE)
-    assert option.variable == "PACKTRACK_" + option.name.upper().replace("-", "_")
+    named_after_the_flag = "PACKTRACK_" + option.name.upper().replace("-", "_")
+    assert option.variable == (None if option.name in WITHOUT_VARIABLE else named_after_the_flag)
     assert option.is_boolean or option.metavar
 
 
@@ -135,7 +135,9 @@ def test_texts_name_every_flag_variable_and_default():
     for text in (pl.help_text(), tables["options"]):
         for option in pl.OPTIONS:
             assert option.flag in text
-            assert (option.variable in text) is option.in_environment
+            assert option.variable is None or option.variable in text
+        for name in WITHOUT_VARIABLE:
+            assert "PACKTRACK_" + name.upper() not in text
             assert not option.default or option.default in text
     for code in ("0", "1", "2", "3", "4"):
         assert re.search(r"(?m)^\| %s \|" % code, tables["exit-codes"])

@@ -59,7 +59,7 @@ http {
     fastcgi_temp_path %(directory)s/fastcgi;
     uwsgi_temp_path %(directory)s/uwsgi;
     scgi_temp_path %(directory)s/scgi;
-    client_max_body_size 0;
+    client_max_body_size %(largest)s;
     %(http)s
     server {
         listen 127.0.0.1:%(port)d %(listen)s;
@@ -94,7 +94,7 @@ class Nginx:
 @pytest.fixture
 def nginx(tmp_path):
     with contextlib.ExitStack() as stack:
-        def begin(upstream, http="", server="", location="", tls=None):
+        def begin(upstream, http="", server="", location="", tls=None, largest="0"):
             directory = tmp_path / "nginx"
             directory.mkdir()
             # nginx takes over a listening socket: nobody can get the port in between, and nobody waits.
@@ -105,7 +105,8 @@ def nginx(tmp_path):
             if tls:
                 server += "ssl_certificate %s; ssl_certificate_key %s;" % tls
             (directory / "nginx.conf").write_text(CONFIG % {
-                "directory": directory, "http": http, "server": server, "location": location, "port": port,
+                "directory": directory, "http": http, "largest": largest, "server": server,
+                "location": location, "port": port,
                 "upstream": upstream, "listen": "ssl" if tls else "",
                 "user": "user root;" if os.geteuid() == 0 else "",
             })
@@ -175,7 +176,7 @@ def test_nginx_http_to_its_tls_port_is_refused(nginx, run):
 @pytest.mark.parametrize("argv", [(), ("--async",)], ids=["sync", "async"])
 def test_nginx_413_on_a_batch_is_split_until_it_fits(argv, nginx, run, batches):
     with StandIn() as server:
-        front = nginx(server.port, http="client_max_body_size 2k;")
+        front = nginx(server.port, largest="2k")
         result = run(*FAST, *argv, *batches(100, 100), server=front)
         delivered(result, 100)
         assert result.summary["retries"] == 0
@@ -189,7 +190,7 @@ def test_nginx_413_on_one_event_is_final(size, nginx, run, tmp_path):
     path = tmp_path / "event.json"
     path.write_bytes(ndjson([event(message="x" * min(size, 15000000), metadata={"m": "x" * 900000})]))
     with StandIn() as server:
-        front = nginx(server.port, http="client_max_body_size 2k;")
+        front = nginx(server.port, largest="2k")
         result = run(*FAST, "--file", path, server=front)
         assert result.code == 2, result
         assert "413" in result.err
@@ -223,7 +224,7 @@ def test_nginx_that_closes_idle_connections_at_once_gets_each_event_once(nginx, 
 def test_nginx_limit_req_is_waited_out(status, nginx, run, batches):
     with StandIn() as server:
         front = nginx(server.port,
-                      http="limit_req_zone $server_name zone=z:1m rate=10r/s; limit_req_status %d;" % status,
+                      http="limit_req_zone $remote_addr zone=z:1m rate=10r/s; limit_req_status %d;" % status,
                       location="limit_req zone=z;")
         result = run("--json", "--retries", "50", "--backoff-initial", "20ms", "--backoff-max", "50ms",
                      *batches(5),
@@ -239,7 +240,7 @@ def test_nginx_limit_req_is_waited_out(status, nginx, run, batches):
 def test_nginx_limit_req_that_outlasts_the_tries(status, nginx, run, batches):
     with StandIn() as server:
         front = nginx(server.port,
-                      http="limit_req_zone $server_name zone=z:1m rate=1r/m; limit_req_status %d;" % status,
+                      http="limit_req_zone $remote_addr zone=z:1m rate=1r/m; limit_req_status %d;" % status,
                       location="limit_req zone=z;")
         result = run(*FAST, *batches(3), server=front)
         assert result.code == 3, result

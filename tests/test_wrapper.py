@@ -830,7 +830,7 @@ def test_a_signal_to_the_wrapper_reaches_the_command_once_and_its_end_is_reporte
 
 @COUNTS_SIGNALS
 def test_a_second_signal_is_passed_on_too(start, server, tmp_path, command):
-    process = start(*WHO, "--", *command("counter", "SIGTERM", 5, 3), server=server)
+    process = start(*WHO, "--", *command("counter", "SIGTERM", 5, 1), server=server)
     wait_for_file(tmp_path / "ready")
     process.send_signal(signal.SIGTERM)
     wait_for_file(tmp_path / "count")  # or the two could merge
