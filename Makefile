@@ -9,10 +9,17 @@ PREFIX = /usr/local
 DESTDIR =
 # Further arguments of pytest, such as "-x -k proxy".
 PYTEST_ARGS =
+# So many processes share the tests.
+JOBS = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 QUICK =
 
 ARCHIVE = dist/packtrack-logger.pyz
-COMPAT_TESTS = tests/test_cli.py tests/test_archive.py
+# make compat: each version runs every SAMPLE-th of these, another part of them than its neighbours.
+COMPAT_TESTS = $(addprefix tests/test_,$(addsuffix .py,archive async cli delivery faults hosts key servers \
+	wrapper))
+SAMPLE = 3
+# Only these versions, such as "3.6 3.13"; empty: all that are found.
+VERSIONS =
 
 HAS_TOOLS = import sys, importlib.metadata as metadata; \
 	pins = dict(line.strip().split("==") for line in open("tests/requirements.txt") if "==" in line); \
@@ -24,6 +31,27 @@ py=; for try in "$(PYTHON)" .venv/bin/python; do \
 	if [ -z "$$py" ] && "$$try" -c '$(HAS_TOOLS)' $(1) 2>/dev/null; then py=$$try; fi; \
 	done; \
 	if [ -z "$$py" ]; then $(MAKE) --no-print-directory venv || exit 1; py=.venv/bin/python; fi
+endef
+
+# $(call share,ARGUMENTS): runs $$py -m pytest in JOBS processes; the first one's output is seen as it comes.
+# A share may be empty (exit code 5), all of them may not.
+define share
+logs=$$(mktemp -d); pids=; trap 'rm -rf "$$logs"' EXIT; trap 'kill $$pids; exit 130' INT TERM; \
+	ran=; failed=; share=$(JOBS); \
+	while [ $$share -gt 1 ]; do \
+		PYTHONPATH=tests "$$py" -m pytest -q -p shard --shard $$share/$(JOBS) $(1) $(PYTEST_ARGS) \
+			>"$$logs/$$share" 2>&1 </dev/null & \
+		pids="$$pids $$!"; share=$$((share - 1)); \
+	done; \
+	PYTHONPATH=tests "$$py" -m pytest -q -p shard --shard 1/$(JOBS) $(1) $(PYTEST_ARGS) </dev/null; \
+	code=$$?; [ $$code -eq 5 ] || ran=1; [ $$code -eq 0 ] || [ $$code -eq 5 ] || failed=1; \
+	for pid in $$pids; do \
+		wait $$pid; code=$$?; \
+		[ $$code -eq 5 ] || ran=1; [ $$code -eq 0 ] || [ $$code -eq 5 ] || failed=1; \
+	done; pids=; \
+	[ $(JOBS) -eq 1 ] || cat "$$logs"/*; \
+	[ -n "$$ran" ] || { echo >&2 'make: no test was selected'; failed=1; }; \
+	[ -z "$$failed" ]
 endef
 
 help:
@@ -66,24 +94,27 @@ venv:
 		'is a package index in reach?'; exit 1; }
 
 test:
-	@$(call with,pytest); "$$py" -m pytest -q -m 'not full' $(PYTEST_ARGS)
+	@$(call with,pytest); $(call share,-m 'not full')
 
 test-full:
-	@$(call with,pytest); "$$py" -m pytest -q -m full $(PYTEST_ARGS)
+	@$(call with,pytest); $(call share,-m full)
 
 compat:
-	@$(call with,pytest); failed=; list=$$(mktemp); trap 'rm -f "$$list"' EXIT; \
-	.ci/pythons >"$$list"; \
-	[ -s "$$list" ] || { echo >&2 'make: no CPython from 3.6 up was found'; exit 1; }; \
-	echo "found: $$(cut -d ' ' -f 1 "$$list" | tr '\n' ' ')"; \
-	while read -r version python; do \
+	@$(call with,pytest); found=$$(.ci/pythons); failed=; done=; sample=0; \
+	[ -n "$$found" ] || { echo >&2 'make: no CPython from 3.6 up was found'; exit 1; }; \
+	echo "found:" $$(printf '%s\n' "$$found" | cut -d ' ' -f 1); \
+	for version in $(or $(VERSIONS),$$(printf '%s\n' "$$found" | cut -d ' ' -f 1)); do \
+		python=$$(printf '%s\n' "$$found" | sed -n "s/^$$version //p"); \
+		[ -n "$$python" ] || { echo >&2 "make: no CPython $$version was found"; failed="$$failed $$version"; \
+			continue; }; \
 		flags='-X dev -W error'; [ "$$version" != 3.6 ] || flags=; \
+		sample=$$((sample % $(SAMPLE) + 1)); done="$$done $$version"; \
 		echo "== the program on Python $$version: $$python $$flags"; \
-		PROGRAM_PYTHON="$$python" PROGRAM_FLAGS="$$flags" "$$py" -m pytest -q -m 'not full' $(PYTEST_ARGS) \
-			$(COMPAT_TESTS) </dev/null || failed="$$failed $$version"; \
-	done <"$$list"; \
+		( PROGRAM_PYTHON=$$python; PROGRAM_FLAGS=$$flags; export PROGRAM_PYTHON PROGRAM_FLAGS; \
+		$(call share,-m 'not full' --sample $$sample/$(SAMPLE) $(COMPAT_TESTS)) ) || failed="$$failed $$version"; \
+	done; \
 	[ -z "$$failed" ] || { echo >&2 "make: failed on$$failed"; exit 1; }; \
-	echo "compat: all passed on $$(cut -d ' ' -f 1 "$$list" | tr '\n' ' ')"
+	echo "compat: all passed on$$done"
 
 lint:
 	@$(call with,pytest ruff mypy); set -e; \

@@ -503,7 +503,8 @@ def redact(text, secrets):
     for secret in secrets:
         from urllib.parse import quote
 
-        forms = {secret, json.dumps(secret)[1:-1], quote(secret), quote(secret, safe=""),
+        raw = secret.encode("utf-8", "surrogateescape")
+        forms = {secret, json.dumps(secret)[1:-1], quote(raw), quote(raw, safe=""),
                  secret.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}
         for form in sorted(forms, key=len, reverse=True):
             text = text.replace(form, "***")
@@ -875,15 +876,32 @@ class Watch:
     """
 
     def __init__(self, seconds=None, now=time.monotonic, pause=time.sleep):
-        self.now, self.pause, self.signal, self.signals, self._waiting = now, pause, None, 0, False
+        self.now, self.pause, self.signals, self._waiting = now, pause, [], False
         self.deadline = None if seconds is None else now() + seconds
 
+    @property
+    def signal(self):
+        """The number of the first signal, or None."""
+        return self.signals[0] if self.signals else None
+
     def handle_signal(self, number, frame=None):
-        """The handler of INT and TERM."""
-        self.signal, self.signals = self.signal or number, self.signals + 1
-        if self._waiting:
+        """The handler of INT and TERM. One that interrupts another leaves it to that one to raise."""
+        self.signals.append(number)
+        if self._waiting and getattr(frame, "f_code", None) is not Watch.handle_signal.__code__:
             self._waiting = False
             raise Interrupted()
+
+    def count_signals(self):
+        """Return how many signals came.
+
+        Where two come at once and the first's handler raises, CPython leaves the second's for later, which may be never;
+        to touch the mask runs it.
+        """
+        import signal
+
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        return len(self.signals)
 
     def __enter__(self):
         self._waiting = True
@@ -894,7 +912,7 @@ class Watch:
 
     def check(self):
         """Raise Interrupted if a signal came."""
-        if self.signal:
+        if self.signals:
             self._waiting = False
             raise Interrupted()
 
@@ -914,7 +932,7 @@ class Watch:
 
     def stop(self):
         """Make the next wait raise Interrupted."""
-        self.signal = self.signal or -1
+        self.signals.append(-1)
 
 
 class ThreadWatch(Watch):
@@ -930,6 +948,23 @@ class ThreadWatch(Watch):
     def stop(self):
         super().stop()
         self._bell.set()
+
+
+def start_thread(work):
+    """Start a daemon thread that no signal reaches: the system may give it one that should have woken the main thread."""
+    import signal
+    import threading
+
+    thread = threading.Thread(target=work, daemon=True)
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, which gives signals to the main thread alone
+        thread.start()
+        return thread
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return thread
 
 
 class Source:
@@ -1377,8 +1412,6 @@ def look_up(host, port, left):
         return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
     except socket.gaierror:
         pass  # a name
-    import threading
-
     found = []
 
     def resolve_name():
@@ -1388,8 +1421,7 @@ def look_up(host, port, left):
             found.append(error)
 
     # The resolver cannot be told a time limit, so it is left behind in a daemon thread when its time is up.
-    thread = threading.Thread(target=resolve_name, daemon=True)
-    thread.start()
+    thread = start_thread(resolve_name)
     while thread.is_alive():
         thread.join(min(left(), PATIENCE))
     if isinstance(found[0], Exception):
@@ -1482,11 +1514,6 @@ class KeptConnection:
 
     https_open = http_open
 
-    def keep(self, response):
-        """Keep the connection for the next request, if the answer was read to its end and says that it stays."""
-        if not response.isclosed() or response.will_close:
-            self.close()
-
     def close(self):
         if self._socket is not None:
             self._socket.hang_up()
@@ -1531,6 +1558,8 @@ class KeptConnection:
                 fault = error
                 self.close()
         if self._socket is None:
+            if tunnel or request.has_proxy():
+                raise OSError("{}, of the proxy {}:{}".format(reason(fault), host, port))
             raise fault
         if tunnel:
             self._ask_proxy(request, ":".join(split_host(tunnel, "443")))
@@ -1778,13 +1807,12 @@ class Client:
             with self.watch:
                 words = response.read(MOST_OF_BODY if ok else MOST_OF_ERROR)
         except self._no_answer() as error:  # the status stands
+            self._connection.close()
             if self._trace is not None:
                 self._trace("the answer's body broke off: {}".format(self._fault(error)))
         except Interrupted:  # as it does here; whoever waits next is interrupted
-            pass
-        if ok:
-            self._connection.keep(response)
-        else:
+            self._connection.close()
+        if not (ok and response.isclosed() and not response.will_close):  # read to its end, and kept by the server
             self._connection.close()
         return response, b"" if ok else words
 
@@ -2181,8 +2209,7 @@ class AsyncClient:
         self._batcher = Batcher(min(batch_size, queue_capacity), max_batch_bytes)
         self._changed = threading.Condition()
         self._busy = self._flushing = self._closing = False
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._work)
 
     def enqueue(self, event, block=False, timeout=None):
         """Queue an event (a dict; a missing timestamp is now).
@@ -2306,7 +2333,7 @@ def deliver_kept(scanner, replay, delivery, batcher, watch):
             if block.broken and keep_all:
                 while replay.read():
                     pass
-            if watch.signal and not keeps:
+            if watch.signals and not keeps:
                 break
     except PackTrackError as error:
         delivery.note(error, ends=not delivery.keep_going or error.ends_run)
@@ -2349,7 +2376,7 @@ def deliver_block(block, replay, scanner, delivery, batcher, watch):
 def send_batches(batcher, all_of_it, delivery, watch):
     """Deliver what a Batcher has ready, unless a signal or the deadline says otherwise."""
     for batch in iter(lambda: batcher.take(all_of_it), None):
-        if watch.signal:
+        if watch.signals:
             delivery.stop()
         try:
             watch.left()
@@ -2374,17 +2401,17 @@ def deliver_streamed(scanner, source, delivery, queue, watch, flush):
                 delivery.keep(json_lines(records[index:index + 1]), 1)
                 position = index + 1
             queue_records(records[position:], False, queue, watch)
-            if delivery.ended or watch.signal or errors and not delivery.keep_going:
+            if delivery.ended or watch.signals or errors and not delivery.keep_going:
                 break
     except PackTrackError as error:
         delivery.note(error)
     except Interrupted:
         pass
-    if not (flush or delivery.errors or watch.signal):
+    if not (flush or delivery.errors or watch.signals):
         delivery.stop()
     queue.finish()
     while not queue.join(PATIENCE):
-        if watch.signals > 1:
+        if watch.count_signals() > 1:
             delivery.stop()
             delivery.sink.abort()
 
@@ -2392,7 +2419,7 @@ def deliver_streamed(scanner, source, delivery, queue, watch, flush):
 def queue_records(records, skipped, queue, watch):
     """Queue records, waiting while the queue is full; a second signal ends the waiting."""
     while True:
-        records = records[queue.offer(records, skipped, force=watch.signals > 1):]
+        records = records[queue.offer(records, skipped, force=watch.count_signals() > 1):]
         if not records:
             return
         queue.wait_for_room(PATIENCE)
@@ -2828,7 +2855,7 @@ def report_command(settings, reporter):
             return delivery.error
 
         trouble = guarded(watch, deliver_ending)
-        if trouble is not None or watch.signal:
+        if trouble is not None or watch.signals:
             reporter.say("error: the command's end was not reported: {}".format(trouble or "stopped by a signal"))
     return trouble.exit_code if settings["strict"] and trouble and not ending.exit_code else ending.exit_code
 

@@ -270,6 +270,7 @@ def test_it_runs_from_its_source_where_the_bytecode_is_of_a_pre_release(
     ],
     ids=["version", "usage", "input", "retries", "dry-run"],
 )
+@pytest.mark.in_every_sample
 def test_the_exit_code_of_the_program_is_that_of_the_archive(argv, code, run):
     assert run(*argv).code == code
 
@@ -287,6 +288,7 @@ def test_it_runs_by_its_own_name_from_anywhere(archive, tmp_path):
     assert re.search(r"\d+\.\d+\.\d+", out)
 
 
+@pytest.mark.in_every_sample
 def test_a_message_beyond_ascii_arrives_whatever_the_locale_says(run, server):
     result = run(
         *flags(message="Zo\u00eb \u2713 \U0001f4e6"),

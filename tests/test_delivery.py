@@ -724,8 +724,8 @@ def test_a_full_queue_makes_the_reader_wait(pipe, server):
 
 def test_a_queue_full_of_bytes_does_not_wait_for_a_batch_to_fill(pipe, server):
     lines = lines_of(300, metadata={"padding": "x" * 60000})
-    result = pipe(lines, "--async", "--batch-size", "1000", "--max-batch-bytes", "100000000", "--flush-interval",
-                  "1h", server=server)
+    result = pipe(lines, "--async", "--batch-size", "1000", "--max-batch-bytes", "100000000",
+                  "--flush-interval", "1h", server=server)
     assert result.code == 0
     assert server.raw_records == lines
 

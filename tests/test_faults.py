@@ -66,7 +66,7 @@ class Case(NamedTuple):
     id: str
     script: Sequence[Any]  # steps of the stand-in, one a request
     code: int
-    requests: int  # sent by the program, by its own count
+    requests: Optional[int]  # sent by the program, by its own count; None: some of the tries, or none
     words: str = ""  # expression that standard error must match
     seen: Optional[int] = None  # complete requests the server got, where that differs
     tries: Optional[int] = None  # where that differs: without a connection there is no request
@@ -113,7 +113,10 @@ def check(case, result, server):
     assert (summary["read"], summary["delivered"], summary["undelivered"], summary["invalid"]) == (
         count, delivered, count - delivered, 0)
     tries = case.requests if case.tries is None else case.tries
-    assert summary["requests"] == case.requests
+    if case.requests is None:
+        assert summary["requests"] <= tries
+    else:
+        assert summary["requests"] == case.requests
     assert summary["retries"] == (tries - 1 if case.retries is None else case.retries)
     if server is not None:
         assert len(server.requests) == (case.requests if case.seen is None else case.seen)
@@ -244,11 +247,12 @@ def resolver(directory, ports):
 TIMED_OUT = r"time[d]?[ -]?out|no answer|within 0\.5|0\.5 ?s"
 
 CONNECTION = [
-    Case("reset on accept", twice(RESET_BEFORE), 3, 2, r"reset|closed|broken", seen=0),
+    # Whether the connection is there for a moment is a matter of chance.
+    Case("reset on accept", twice(RESET_BEFORE), 3, None, r"reset|closed|broken", seen=0, tries=2),
     Case("reset after the request", twice(RESET_AFTER), 3, 2, r"reset|closed|broken"),
     Case("closed without an answer", twice(CLOSE), 3, 2, r"closed|without|answer"),
     Case("closed inside the headers", twice(HALF_HEADERS), 3, 2, r"closed|headers|broke|answer"),
-    Case("closed on accept", twice(CLOSE_BEFORE), 3, 2, r"reset|closed|broken", seen=0),
+    Case("closed on accept", twice(CLOSE_BEFORE), 3, None, r"reset|closed|broken", seen=0, tries=2),
     Case("reset inside the headers", twice(RESET_IN_HEADERS), 3, 2, r"reset|closed|broken"),
     Case("closed inside the status line", twice(Raw(b"HTTP/1.1 20", then="close")), 3, 2, r"."),
     Case("accepted and silent", twice(SILENT), 3, 2, TIMED_OUT),
@@ -262,7 +266,7 @@ def test_connection_fault_is_retried(case, run, tmp_path):
     against(case, run, tmp_path)
 
 
-@pytest.mark.parametrize("case", quick(CONNECTION, "reset after the request", "accepted and silent"))
+@pytest.mark.parametrize("case", quick(CONNECTION, "reset after the request"))
 def test_connection_fault_then_success_delivers(case, run, tmp_path):
     with StandIn(script=case.script[:1]) as server:
         result = run(*FAST, *FLAGS, server=server)
@@ -357,7 +361,13 @@ def test_a_2xx_whose_body_is_wrong_is_delivered(step, run, tmp_path):
     against(Case("body", (step,), 0, 1), run, tmp_path)
 
 
-@pytest.mark.parametrize("step", [pytest.param(step, id=name) for name, step in BODIES])
+UNNAMED_BODIES = ("never comes", "endless trailers, a byte at a time", "Content-Length of 5000 digits",
+                  "Content-Length empty", "chunk size line of 100 KB", "100 MB in one chunk",
+                  "says gzip and is not")
+
+
+@pytest.mark.parametrize("step", [pytest.param(step, id=name, marks=full if name in UNNAMED_BODIES else ())
+                                  for name, step in BODIES])
 def test_after_a_2xx_whose_body_is_wrong_the_next_batch_is_delivered_too(step, run, tmp_path):
     """Whatever is left on the first connection, it must not pass for an answer to the second batch."""
     with StandIn(script=[step]) as server:
@@ -601,7 +611,7 @@ IN_TLS = [
 ]
 
 
-@pytest.mark.parametrize("case", quick(IN_TLS, "closed without an answer", "silent", "a body that drips"))
+@pytest.mark.parametrize("case", quick(IN_TLS, "closed without an answer", "headers a byte at a time"))
 def test_fault_inside_tls(case, run):
     authority = certs.authority()
     with StandIn(script=case.script, tls=authority.good) as server:
@@ -743,7 +753,7 @@ def append(path):
 ])
 def test_regular_file_that_changes_while_it_is_sent(change, code, run, tmp_path):
     path = tmp_path / "events.ndjson"
-    path.write_bytes(ndjson(events(400, metadata={"filler": "x" * 50000})))
+    path.write_bytes(ndjson(events(200, metadata={"filler": "x" * 50000})))
 
     def spoil(server, connection, request):
         change(path)
@@ -755,16 +765,16 @@ def test_regular_file_that_changes_while_it_is_sent(change, code, run, tmp_path)
         result = run("--file", str(path), "--ndjson", "--json", "--undelivered", str(left), server=server)
         assert result.code == code, result.err
         summary = result.summary
-        assert summary["read"] == 400
+        assert summary["read"] == 200
         first = len(server.requests[0].json)
         assert summary["delivered"] == first + len(server.records)
         assert all("OTHER" not in record["message"] for record in server.records)
         if code:
             assert "events.ndjson" in result.err
             assert re.search(r"chang", result.err), result.err
-            assert summary["delivered"] < 400
+            assert summary["delivered"] < 200
         else:
-            assert summary["delivered"] == 400
+            assert summary["delivered"] == 200
             assert not left.exists()
 
 
@@ -804,6 +814,7 @@ def test_memory_stays_flat_whatever_the_answer_weighs(step, start):
 # Signals.
 
 SIGNALS = [pytest.param(signal.SIGINT, 130, id="INT"), pytest.param(signal.SIGTERM, 143, id="TERM")]
+ONE_SIGNAL = [pytest.param(signal.SIGINT, 130, id="INT", marks=full), SIGNALS[1]]
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 
@@ -956,7 +967,7 @@ def test_async_first_signal_stops_the_reading_and_flushes(number, code, start):
 
 
 @posix
-@pytest.mark.parametrize("number, code", SIGNALS)
+@pytest.mark.parametrize("number, code", ONE_SIGNAL)
 def test_async_signal_while_waiting_still_flushes(number, code, start):
     with StandIn(script=[Reply(503, headers=[("Retry-After", "1")])]) as server:
         process = start("--verbose", "--async", "--flush-interval", "1ms", "--json", "--stdin", "--ndjson",
@@ -1175,7 +1186,7 @@ CONNECT = [
 ]
 
 
-@pytest.mark.parametrize("case", quick(CONNECT, "407", "403", "502", "503", "silence", "200, then silence"))
+@pytest.mark.parametrize("case", quick(CONNECT, "407", "403", "502", "503", "silence"))
 def test_connect_answered_by(case, run):
     with StandIn(script=case.script) as proxy:
         result = run(*FAST, "--base-url", "https://service.invalid", *FLAGS, secrets=[SECRET],

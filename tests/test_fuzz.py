@@ -287,7 +287,7 @@ def make_argv(number, options, urls, files):
         chance.shuffle(argv)
     env = {}
     for option in chance.sample(options, chance.choice((0, 0, 1, 3))):
-        if option.name == "api-key":
+        if option.name == "api-key" or not option.variable:
             continue  # what stands in KEY's place would not be known as a secret
         env[option.variable] = ("1" if option.is_boolean else value_of(option)).replace("\0", "")
     if chance.random() < 0.05:
