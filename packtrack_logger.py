@@ -243,9 +243,9 @@ def check_host(host):
 class Option:
     """One option: what the parser, the environment, --help, the README and the completions know of it."""
 
-    def __init__(self, name, parse, default, metavar, group, help, short=None, variable=True, path=False, field=None):
-        self.name, self.parse, self.default, self.metavar, self.group = name, parse, default, metavar, group
-        self.help, self.short, self.path, self.field = help, short, path, field
+    def __init__(self, name, parse, default, metavar, help, short=None, variable=True, path=False, field=None):
+        self.name, self.parse, self.default, self.metavar, self.help = name, parse, default, metavar, help
+        self.short, self.path, self.field = short, path, field
         self.is_boolean, self.choices = parse is parse_boolean, getattr(parse, "choices", ())
         self.variable = "PACKTRACK_" + name.upper().replace("-", "_") if variable else None
         self.flag = "--" + name
@@ -255,72 +255,89 @@ class Option:
         self.flags = [flag for flag in (self.flag, self.opposite, short) if flag]
 
 
-CORE, EVENT, INPUT, DELIVERY, DIAGNOSTICS, ASYNC, COMMAND = GROUPS = (
-    "Core", "Event construction", "Input sources", "Delivery", "Diagnostics", "Async", "Command")
-
-OPTIONS = (
-    Option("api-key", parse_header, None, "KEY", CORE, "key of the service; safer in a file or the environment"),
-    Option("api-key-file", parse_required, None, "PATH", CORE, "take the key from the file's first line", path=True),
-    Option("base-url", parse_base_url, "https://pack.shimcounty.com", "URL", CORE, "where the service is"),
-    Option("health-path", parse_path, "/api/health", "PATH", CORE, "path of the health check"),
-    Option("timeout", parse_limit, "15s", "DURATION", CORE, "limit of one attempt, from connecting to the answer"),
-    Option("retries", whole_number(0, 1000), "3", "N", CORE, "further tries after the first"),
-    Option("backoff-initial", parse_duration, "100ms", "DURATION", CORE, "wait before the first further try"),
-    Option("backoff-max", parse_duration, "2s", "DURATION", CORE, "longest wait between tries, before jitter"),
-    Option("jitter", parse_fraction, "0.2", "FRACTION", CORE, "random share of each wait, 0 to 1"),
-    Option("user-agent", parse_header, "pack-track-sdk-python/{0} packtrack-logger/{0}".format(VERSION), "TEXT", CORE,
-           "User-Agent header"),
-    Option("idempotency-key", parse_header, None, "KEY", CORE,
-           "Idempotency-Key header, with record numbers where a run makes several requests; auto: the body's hash"),
-    Option("gzip", parse_boolean, None, None, CORE, "compress the body"),
-
-    Option("timestamp", parse_timestamp, None, "RFC3339", EVENT, "time; default now", field=("timestamp",)),
-    Option("source-system", parse_required, None, "TEXT", EVENT, "required", field=("source", "system")),
-    Option("source-env", parse_text, None, "TEXT", EVENT, "such as prod", field=("source", "env")),
-    Option("workflow-id", parse_required, None, "TEXT", EVENT, "required", field=("workflow", "id")),
-    Option("workflow-name", parse_text, None, "TEXT", EVENT, "the workflow's name", field=("workflow", "name")),
-    Option("run-id", parse_text, None, "TEXT", EVENT, "the workflow's run", field=("workflow", "run_id")),
-    Option("step-id", parse_text, None, "TEXT", EVENT, "the run's step", field=("workflow", "step_id")),
-    Option("actor-type", parse_required, None, "TEXT", EVENT, "required, such as agent", field=("actor", "type")),
-    Option("actor-id", parse_required, None, "TEXT", EVENT, "required", field=("actor", "id")),
-    Option("actor-display", parse_text, None, "TEXT", EVENT, "the actor's name", field=("actor", "display_name")),
-    Option("severity", one_of(*SEVERITIES), None, "WORD", EVENT, "required:", field=("severity",)),
-    Option("status", one_of(*STATUSES), None, "WORD", EVENT, "required:", field=("status",)),
-    Option("message", parse_required, None, "TEXT", EVENT, "required", field=("message",)),
-    Option("metadata", parse_object, None, "JSON", EVENT, "a JSON object", field=("metadata",)),
-    Option("extra", parse_object, None, "JSON", EVENT, "a JSON object", field=("extra",)),
-
-    Option("file", parse_required, None, "PATH", INPUT, "read a JSON event or array; - is standard input", path=True),
-    Option("stdin", parse_boolean, None, None, INPUT, "read standard input"),
-    Option("ndjson", parse_boolean, None, None, INPUT, "the input holds one JSON event a line"),
-
-    Option("batch-size", whole_number(1, 1000000), "100", "N", DELIVERY, "most records of one request"),
-    Option("max-batch-bytes", whole_number(1, 1 << 30), "1000000", "N", DELIVERY, "most bytes of one body"),
-    Option("deadline", parse_limit, None, "DURATION", DELIVERY, "limit of the whole run; past it: exit 3"),
-    Option("keep-going", parse_boolean, None, None, DELIVERY, "skip what is invalid or refused, deliver the rest"),
-    Option("undelivered", parse_required, None, "FILE", DELIVERY, "append what was read and not delivered", path=True),
-    Option("output", parse_required, None, "FILE", DELIVERY, "append to FILE, - for standard output, and do not send",
-           path=True),
-
-    Option("verbose", parse_boolean, None, None, DIAGNOSTICS, "tell of attempts, waits and statuses", short="-v"),
-    Option("dry-run", parse_boolean, None, None, DIAGNOSTICS, "validate only"),
-    Option("health", parse_boolean, None, None, DIAGNOSTICS, "ask the service's health; exit 0 or 1"),
-    Option("health-enable", parse_boolean, None, None, DIAGNOSTICS, "ask it before sending, told by --verbose"),
-    Option("json", parse_boolean, None, None, DIAGNOSTICS, "one line of JSON on standard output at the end"),
-    Option("progress", parse_boolean, None, None, DIAGNOSTICS, "show progress; default on a terminal"),
-    Option("completion", one_of("bash", "zsh", "fish"), None, "SHELL", DIAGNOSTICS, "print the completion script:",
-           variable=False),
-    Option("version", parse_boolean, None, None, DIAGNOSTICS, "print the version", short="-V", variable=False),
-    Option("help", parse_boolean, None, None, DIAGNOSTICS, "print this", short="-h", variable=False),
-
-    Option("async", parse_boolean, None, None, ASYNC, "send while reading; a pipe is not kept for a second reading"),
-    Option("flush-interval", parse_limit, "1s", "DURATION", ASYNC, "longest wait of a record for its batch to fill"),
-    Option("queue-capacity", whole_number(1, 10000000), "10000", "N", ASYNC, "most records that wait to be sent"),
-    Option("no-flush", parse_boolean, None, None, ASYNC, "abandon what is queued at the end"),
-
-    Option("command-timeout", parse_limit, None, "DURATION", COMMAND, "then send TERM, and 5s later KILL; exit 124"),
-    Option("strict", parse_boolean, None, None, COMMAND, "a failed delivery fails a command that succeeded"),
+GROUPS = (
+    ("Core", (
+        Option("api-key", parse_header, None, "KEY",
+               "key of the service; safer in a file or the environment"),
+        Option("api-key-file", parse_required, None, "PATH",
+               "take the key from the file's first line", path=True),
+        Option("base-url", parse_base_url, "https://pack.shimcounty.com", "URL", "where the service is"),
+        Option("health-path", parse_path, "/api/health", "PATH", "path of the health check"),
+        Option("timeout", parse_limit, "15s", "DURATION",
+               "limit of one attempt, from connecting to the answer"),
+        Option("retries", whole_number(0, 1000), "3", "N", "further tries after the first"),
+        Option("backoff-initial", parse_duration, "100ms", "DURATION", "wait before the first further try"),
+        Option("backoff-max", parse_duration, "2s", "DURATION", "longest wait between tries, before jitter"),
+        Option("jitter", parse_fraction, "0.2", "FRACTION", "random share of each wait, 0 to 1"),
+        Option("user-agent", parse_header,
+               "pack-track-sdk-python/{0} packtrack-logger/{0}".format(VERSION), "TEXT", "User-Agent header"),
+        Option("idempotency-key", parse_header, None, "KEY",
+               "Idempotency-Key header, with record numbers where a run makes several requests; auto: the body's hash"),
+        Option("gzip", parse_boolean, None, None, "compress the body"),
+    )),
+    ("Event construction", (
+        Option("timestamp", parse_timestamp, None, "RFC3339", "time; default now", field=("timestamp",)),
+        Option("source-system", parse_required, None, "TEXT", "required", field=("source", "system")),
+        Option("source-env", parse_text, None, "TEXT", "such as prod", field=("source", "env")),
+        Option("workflow-id", parse_required, None, "TEXT", "required", field=("workflow", "id")),
+        Option("workflow-name", parse_text, None, "TEXT", "the workflow's name", field=("workflow", "name")),
+        Option("run-id", parse_text, None, "TEXT", "the workflow's run", field=("workflow", "run_id")),
+        Option("step-id", parse_text, None, "TEXT", "the run's step", field=("workflow", "step_id")),
+        Option("actor-type", parse_required, None, "TEXT", "required, such as agent", field=("actor",
+               "type")),
+        Option("actor-id", parse_required, None, "TEXT", "required", field=("actor", "id")),
+        Option("actor-display", parse_text, None, "TEXT", "the actor's name", field=("actor",
+               "display_name")),
+        Option("severity", one_of(*SEVERITIES), None, "WORD", "required:", field=("severity",)),
+        Option("status", one_of(*STATUSES), None, "WORD", "required:", field=("status",)),
+        Option("message", parse_required, None, "TEXT", "required", field=("message",)),
+        Option("metadata", parse_object, None, "JSON", "a JSON object", field=("metadata",)),
+        Option("extra", parse_object, None, "JSON", "a JSON object", field=("extra",)),
+    )),
+    ("Input sources", (
+        Option("file", parse_required, None, "PATH",
+               "read a JSON event or array; - is standard input", path=True),
+        Option("stdin", parse_boolean, None, None, "read standard input"),
+        Option("ndjson", parse_boolean, None, None, "the input holds one JSON event a line"),
+    )),
+    ("Delivery", (
+        Option("batch-size", whole_number(1, 1000000), "100", "N", "most records of one request"),
+        Option("max-batch-bytes", whole_number(1, 1 << 30), "1000000", "N", "most bytes of one body"),
+        Option("deadline", parse_limit, None, "DURATION", "limit of the whole run; past it: exit 3"),
+        Option("keep-going", parse_boolean, None, None, "skip what is invalid or refused, deliver the rest"),
+        Option("undelivered", parse_required, None, "FILE",
+               "append what was read and not delivered", path=True),
+        Option("output", parse_required, None, "FILE",
+               "append to FILE, - for standard output, and do not send", path=True),
+    )),
+    ("Diagnostics", (
+        Option("verbose", parse_boolean, None, None, "tell of attempts, waits and statuses", short="-v"),
+        Option("dry-run", parse_boolean, None, None, "validate only"),
+        Option("health", parse_boolean, None, None, "ask the service's health; exit 0 or 1"),
+        Option("health-enable", parse_boolean, None, None, "ask it before sending, told by --verbose"),
+        Option("json", parse_boolean, None, None, "one line of JSON on standard output at the end"),
+        Option("progress", parse_boolean, None, None, "show progress; default on a terminal"),
+        Option("completion", one_of("bash", "zsh", "fish"), None, "SHELL",
+               "print the completion script:", variable=False),
+        Option("version", parse_boolean, None, None, "print the version", short="-V", variable=False),
+        Option("help", parse_boolean, None, None, "print this", short="-h", variable=False),
+    )),
+    ("Async", (
+        Option("async", parse_boolean, None, None,
+               "send while reading; a pipe is not kept for a second reading"),
+        Option("flush-interval", parse_limit, "1s", "DURATION",
+               "longest wait of a record for its batch to fill"),
+        Option("queue-capacity", whole_number(1, 10000000), "10000", "N",
+               "most records that wait to be sent"),
+        Option("no-flush", parse_boolean, None, None, "abandon what is queued at the end"),
+    )),
+    ("Command", (
+        Option("command-timeout", parse_limit, None, "DURATION",
+               "then send TERM, and 5s later KILL; exit 124"),
+        Option("strict", parse_boolean, None, None, "a failed delivery fails a command that succeeded"),
+    )),
 )
+OPTIONS = tuple(option for _, options in GROUPS for option in options)
 BY_NAME = {option.name: option for option in OPTIONS}
 EVENT_OPTIONS = tuple(option for option in OPTIONS if option.field)
 
@@ -540,15 +557,14 @@ def help_text():
         return [name.ljust(width) + lines[0]] + [" " * width + line for line in lines[1:]]
 
     lines = ["Send PackTrack events: from flags, JSON, NDJSON, or on how a command ended.", "", USAGE.rstrip()]
-    for group in GROUPS:
-        lines += ["", group + (" (for records from an input: what they lack)" if group is EVENT else "") + ":"]
-        for option in OPTIONS:
-            if option.group is group:
-                flag = "  {}{}{}".format(option.short + ", " if option.short else "", option.flag,
-                                         " " + option.metavar if option.metavar else "")
-                facts = [option.variable] if option.variable else []
-                facts += ["default " + option.default] if option.default else []
-                lines += entry(flag, about(option) + (" [{}]".format(", ".join(facts)) if facts else ""), 26)
+    for title, options in GROUPS:
+        lines += ["", title + (" (for records from an input: what they lack):" if options[0].field else ":")]
+        for option in options:
+            flag = "  {}{}{}".format(option.short + ", " if option.short else "", option.flag,
+                                     " " + option.metavar if option.metavar else "")
+            facts = [option.variable] if option.variable else []
+            facts += ["default " + option.default] if option.default else []
+            lines += entry(flag, about(option) + (" [{}]".format(", ".join(facts)) if facts else ""), 26)
     lines += ["", "A boolean flag has a --no- form. A flag beats its variable, that the default.",
               "", "Exit codes:"]
     for code, meaning in exit_codes():
@@ -677,6 +693,12 @@ def bulk_fault(text):
         return "a record of more than 16 MiB"
     if len(text) <= MAX_DIGITS and text.count("[") + text.count("{") <= MAX_DEPTH:
         return None
+    # A run of more than 4300 digits holds a character whose position is a multiple of 4300.
+    run = re.compile(r"[0-9]{%d}" % (MAX_DIGITS + 1))
+    if text.count("[") + text.count("{") <= MAX_DEPTH and not any(
+            text[middle] in DIGITS and run.search(text, middle - MAX_DIGITS, middle + MAX_DIGITS + 1)
+            for middle in range(MAX_DIGITS, len(text), MAX_DIGITS)):
+        return None
     depth, in_string = 0, False
     for match in re.finditer(r'\\.|["\][{}]|[0-9]{%d}' % (MAX_DIGITS + 1), text):
         token = match.group()
@@ -721,10 +743,13 @@ def parse_json(text):
         fault, position - text.rfind("\n", 0, position)))
 
 
+encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 def dump_json(value):
     """Return value as the bytes of compact JSON on one line. Raises InvalidError where JSON has no such value."""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+        return encode_json(value).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only hold escaped
         return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
@@ -748,9 +773,9 @@ def check_event(event):
         value = _value(event, path)
         if value is not None and type(value) is not str:
             raise InvalidError("must be a string", where=path)
-    for path, parse in (("severity", one_of(*SEVERITIES)), ("status", one_of(*STATUSES)), ("timestamp", parse_timestamp)):
+    for path in ("severity", "status", "timestamp"):
         try:
-            parse(event[path])
+            BY_NAME[path].parse(event[path])
         except ValueError as error:
             raise InvalidError(str(error), where=path)
 
@@ -774,6 +799,13 @@ def complete_event(event, defaults, now):
     defaults: an event of any fields. now: the timestamp, text, of an event that has none. What the event says wins.
     Raises InvalidError if the result is not a valid event.
     """
+    result = fill_event(event, defaults, now)
+    check_event(result)
+    return result
+
+
+def fill_event(event, defaults, now):
+    """complete_event without its check."""
     result = {}
     for name in FIELDS + tuple(name for name in event if name not in FIELDS):
         own, default = event.get(name), defaults.get(name)
@@ -782,19 +814,18 @@ def complete_event(event, defaults, now):
             default, anchor = default or {}, ANCHORS[name]
             if anchor in own and own[anchor] != default.get(anchor):
                 default = {key: default[key] for key in default if key == "type"}
-            own = dict(default, **own) if not own else _merge(own, default)
+            own = _merge(own, default) if own else dict(default)
         elif name in OBJECTS and type(own) is dict:
             own = _merge(own, default or {})
         elif own is None:
             own = default or (now if name == "timestamp" else None)
         if own is not None and not (name in PARTS and not own):
             result[name] = own
-    check_event(result)
     return result
 
 
 def _merge(own, default):
-    return dict(own, **{key: default[key] for key in default if key not in own})
+    return dict(own, **{key: default[key] for key in default if key not in own}) if default else own
 
 
 def completeness_test(defaults):
@@ -1232,7 +1263,9 @@ class Scanner:
             event = parse_json(raw.decode("utf-8"))
             if type(event) is not dict:
                 raise InputError("not a JSON object")
-            completed = complete_event(event, self.defaults, utc_timestamp(time.time()))
+            completed = fill_event(event, self.defaults, utc_timestamp(time.time()))
+            if not self._is_complete(completed):
+                check_event(completed)
             records.append(raw if completed == event else dump_json(completed))
         except (PackTrackError, UnicodeDecodeError) as error:
             if isinstance(error, UnicodeDecodeError):
@@ -2107,7 +2140,7 @@ class Delivery:
         self.sink, self.keep_going, self.undelivered_file = sink, keep_going, undelivered
         self._warn, self.tick = warn or (lambda words: None), tick or (lambda: None)
         self.read = self.delivered = self.undelivered = self.invalid = self.unkept = 0
-        self.errors, self.ended, self.ranges = {}, None, []
+        self.errors, self.ended, self.ranges, self.unkept_why = {}, None, [], ""
 
     @property
     def error(self):
@@ -2152,7 +2185,8 @@ class Delivery:
 
     def note(self, error, ends=False):
         """Note an error, and whether it ends the run: then nothing more is sent."""
-        self.errors.setdefault(error.exit_code, error)
+        if self.keep_going or not self.ended:
+            self.errors.setdefault(error.exit_code, error)
         if ends:
             self.ended = self.ended or error
         elif self.keep_going:
@@ -2169,8 +2203,8 @@ class Delivery:
             try:
                 self.undelivered_file.append(data)
             except InputError as error:
-                self.unkept += count
-                self.note(error)
+                self.unkept, self.unkept_why = self.unkept + count, str(error)
+                self.errors.setdefault(error.exit_code, error)
 
     def lose_rest(self):
         """Count as undelivered what was read and is otherwise not accounted for."""
@@ -2306,7 +2340,8 @@ class AsyncClient:
     def _take(self):
         """Return a Batch if one is due."""
         late = self._oldest is not None and time.monotonic() - self._oldest >= self._interval
-        batch = self._batcher.take(self._flushing or self._closing or late)
+        full = self._batcher.bytes >= QUEUE_BYTES
+        batch = self._batcher.take(self._flushing or self._closing or late or full)
         if batch is not None:
             self._oldest = time.monotonic() if self._batcher else None
         return batch
@@ -2349,7 +2384,7 @@ def deliver_kept(scanner, replay, delivery, batcher, watch):
             deliver_block(block, replay, scanner, delivery, batcher, watch)
         except InputError as error:
             delivery.note(error, ends=True)
-            delivery.unkept += block.count
+            delivery.unkept, delivery.unkept_why = delivery.unkept + block.count, str(error)
     send_batches(batcher, True, delivery, watch)
 
 
@@ -2671,7 +2706,7 @@ class Reporter:
 def accounting(delivery):
     """Return the end of the failure line: what was delivered and what was not."""
     if delivery.read < 2:
-        return "; it could not be kept" if delivery.unkept else ""
+        return "; it could not be kept: " + delivery.unkept_why if delivery.unkept else ""
     if not delivery.delivered and not delivery.ranges:
         words = "; nothing was sent"
     else:
@@ -2682,7 +2717,8 @@ def accounting(delivery):
             delivery.undelivered, ranges, " and more" if len(delivery.ranges) > 10 else "")
     if delivery.invalid:
         words += ", {} invalid".format(delivery.invalid)
-    return words + ("; {} could not be kept".format(delivery.unkept) if delivery.unkept else "")
+    return words + ("; {} could not be kept: {}".format(
+        delivery.unkept, delivery.unkept_why) if delivery.unkept else "")
 
 
 def internal_error(error):

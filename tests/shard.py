@@ -1,5 +1,15 @@
 """pytest -p shard: --sample 1/3 takes every third test; --shard 1/2 then shares those among two processes."""
 
+import signal
+
+
+def pytest_configure():
+    """Give the programs under test what a terminal gives: background jobs and nohup ignore some signals."""
+    for name in ("SIGHUP", "SIGINT", "SIGQUIT"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # ours alone: a new program begins with the default
+
 
 def pytest_addoption(parser):
     """The options that say which part of the tests is ours."""

@@ -1,6 +1,7 @@
 """The archive: what build_zipapp.sh makes, and how it starts on each CPython that is found."""
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -52,6 +53,7 @@ def build(folder, *pythons, source=ROOT, name="packtrack-logger.pyz", **env):
     return output
 
 
+@functools.lru_cache(maxsize=None)
 def found_pythons():
     """{"3.6": path, ...} of the CPythons that are found here."""
     code, out, err = call([ROOT / ".ci" / "pythons"], environment())
@@ -62,7 +64,7 @@ def found_pythons():
 @pytest.fixture(scope="session")
 def pythons():
     """What is found, and the interpreter under test in the place of its version."""
-    found = found_pythons()
+    found = dict(found_pythons())
     code, out, _ = call([PYTHON, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"])
     assert code == 0
     found[out.strip()] = PYTHON

@@ -90,25 +90,27 @@ class Line:
             "LINES": "50",
         }
         self.terminal = Terminal("job", ARGV[kind.split("-")[0]], env, folder)
+        self.seen = 0
 
     def press(self, typed):
         """The line, Tab, Enter: (what was on the screen before the command ran, the command's words)."""
-        self.terminal.wait_for(b"READY>")
+        self.terminal.wait_for(b"READY>", self.seen)
         since = len(self.terminal.output)
         self.terminal.type(typed.encode("ascii") + b"\t\r")
         text = self.terminal.wait_for(b"END", since).decode("utf-8", "replace")
+        self.seen = self.terminal.output.index(b"END", since)
         text = re.sub("\x1b\\[[0-9;?]*[A-Za-z]|[\x07\x0f]", "", text)
         screen, shown = text[: text.index("<")], text[text.index("<") :]
         return screen, re.findall("<([^>]*)>", shown)
 
 
-@pytest.fixture(params=sorted(RC))
-def line(request, completion, home, tmp_path):
-    """A line to type on, in each shell that edits lines on a terminal."""
+@pytest.fixture(scope="module", params=sorted(RC))
+def line(request, home, tmp_path_factory):
+    """A line to type on, again and again, in each shell that edits lines on a terminal."""
     kind = request.param
     shell = kind.split("-")[0]
     needs(shell)
-    one = Line(kind, completion(shell), home, tmp_path)
+    one = Line(kind, packtrack_logger.completion(shell), home, tmp_path_factory.mktemp("shell"))
     yield one
     one.terminal.close()
 
@@ -211,6 +213,11 @@ def test_fish_offers_no_files_where_a_word_is_asked_for(fish):
 
 
 # ---- the scripts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_script_that_is_printed_is_that_of_the_module(shell, completion):
+    assert completion(shell) == packtrack_logger.completion(shell)
 
 
 @pytest.mark.parametrize("shell", SHELLS)

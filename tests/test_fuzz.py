@@ -274,7 +274,7 @@ def make_argv(number, options, urls, files):
     for option in chance.sample(options, chance.choice((0, 1, 2, 3, 6))):
         name = option.flag
         if chance.random() < 0.1:
-            name = option.opposite if option.is_boolean else name[:-1]
+            name = option.is_boolean and option.opposite or name[:-1]
         if option.is_boolean:
             argv.append(name if chance.random() < 0.95 else name + "=" + chance.choice(JUNK))
         elif chance.random() < 0.5:
