@@ -25,13 +25,14 @@ fail() {
 # with its own path.
 real_path() {
     "$1" -S -c "import sys; sys.exit('$2' not in ('', '%d.%d' % sys.version_info[:2]))" 2>/dev/null &&
-        "$1" -S -c 'import sys; print(sys.executable)'
+        "$1" -S -c 'import sys; sys.stdout.write(sys.executable)'
 }
 
 find_python() {
     case $1 in
     */*)
         real_path "$1" '' || fail "--python $1: it does not run"
+        echo
         return
         ;;
     3.[0-9] | 3.[0-9][0-9]) ;;
@@ -39,6 +40,7 @@ find_python() {
     esac
     for candidate in "$(command -v "python$1" || true)" "${HOME:-}/.pyenv/versions/$1"*/bin/python3; do
         if [ -x "$candidate" ] && real_path "$candidate" "$1"; then
+            echo
             return
         fi
     done
@@ -110,8 +112,8 @@ sys.exit(code)
 PYTHON
 
 # The same process state gives the same marshalled bytes: no site, a fixed hash seed, no inherited variables
-# (but for the one without which Windows starts nothing). No column numbers (3.11): nobody sees a traceback, and
-# the bytecode loads a third faster without them.
+# (but for the one without which Windows starts nothing). No column numbers (3.11): nobody sees a traceback,
+# and the bytecode loads a third faster without them.
 cat >"$work/compile.py" <<'PYTHON'
 import importlib.util
 import marshal

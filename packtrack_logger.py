@@ -76,7 +76,7 @@ class Interrupted(BaseException):
 
 # ---- Options: one table, its value parsers, and resolve(argv, environ); no input is read here --------------
 
-UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 LONGEST = 366 * 86400.0
 SEVERITIES = ("debug", "info", "warn", "error")
 STATUSES = ("ok", "failed", "skipped", "timeout", "retrying", "unknown")
@@ -85,16 +85,12 @@ DIGITS = "0123456789"
 LABEL = DIGITS + "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_"
 # RFC 3339, 5.6, with a capital T and Z. The calendar is in the pattern: datetime's parsers differ by version.
 TIMESTAMP = (
-    r"(?:(?!0000)[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
-    r"|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+    r"(?:(?!0000)[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
+    r"|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
     r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)-02-29)"
-    r"T(?:[01][0-9]|2[0-3]):[0-5][0-9]:(?:[0-5][0-9]|60)(?:\.[0-9]+)?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])\Z"
+    r"T(?:[01][0-9]|2[0-3]):[0-5][0-9]:(?:[0-5][0-9]|60)(?:\.[0-9]+)?"
+    r"(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])\Z"
 )
-
-
-def parse_text(text):
-    """Any text."""
-    return text
 
 
 def parse_required(text):
@@ -154,20 +150,16 @@ def one_of(*choices):
 
     def parse(text):
         if text not in choices:
-            raise ValueError(wrong_choice(text, choices))
+            raise ValueError('must be one of {} (got "{}"{})'.format(
+                ", ".join(choices), printable(text), nearest(text, choices)))
         return text
 
     parse.choices = choices
     return parse
 
 
-def wrong_choice(text, choices):
-    """Return the words that refuse a value of an enumeration."""
-    return 'must be one of {} (got "{}"{})'.format(", ".join(choices), printable(text), nearest(text, choices))
-
-
 def parse_header(text):
-    """A header value: visible ASCII, spaces inside only (RFC 9110, 5.5). It may be a secret, so none is quoted."""
+    """A header value: visible ASCII, spaces inside only (RFC 9110, 5.5). Not quoted: it may be a secret."""
     if not text or text != text.strip(" ") or not all(" " <= character <= "~" for character in text):
         raise ValueError("must be visible ASCII characters, with spaces inside only (the value is not shown)")
     return text
@@ -176,7 +168,8 @@ def parse_header(text):
 def parse_timestamp(text):
     """An RFC 3339 time with T and zone; empty is absent."""
     if text and not re.match(TIMESTAMP, text):
-        raise ValueError('must be an RFC 3339 time such as 2025-11-25T09:30:00Z (got "{}")'.format(printable(text)))
+        raise ValueError('must be an RFC 3339 time such as 2025-11-25T09:30:00Z (got "{}")'.format(
+            printable(text)))
     return text
 
 
@@ -205,12 +198,13 @@ def parse_base_url(text):
     scheme, _, rest = text.partition("://")
     place, slash, path = rest.partition("/")
     if scheme not in ("http", "https") or not place or "?" in text or "#" in text:
-        raise ValueError("must be http://HOST or https://HOST with an optional port and path, and nothing more")
+        raise ValueError(
+            "must be http://HOST or https://HOST with an optional port and path, and nothing more")
     host, port = split_host(place, None)
     if place[len(host):] and (not port or len(port) > 5 or port.strip(DIGITS) or not 0 < int(port) < 65536):
         raise ValueError("the port must be a number from 1 to 65535")
-    return "{}://{}{}{}".format(scheme, check_host(host), ":" + port if port else "",
-                                parse_path(path).rstrip("/") if slash else "")
+    path = parse_path(path).rstrip("/") if slash else ""
+    return "{}://{}{}{}".format(scheme, check_host(host), ":" + port if port else "", path)
 
 
 def split_host(place, default_port):
@@ -231,7 +225,7 @@ def check_host(host):
             raise ValueError("what stands in brackets must be an IPv6 address")
         return host
     try:
-        name = host if all(character <= "~" for character in host) else host.encode("idna").decode("ascii")
+        name = host if max(host, default="") <= "~" else host.encode("idna").decode("ascii")
     except UnicodeError:
         name = ""
     labels = (name[:-1] if name.endswith(".") else name).split(".")
@@ -243,110 +237,103 @@ def check_host(host):
 class Option:
     """One option: what the parser, the environment, --help, the README and the completions know of it."""
 
-    def __init__(self, name, parse, default, metavar, help, short=None, variable=True, path=False, field=None):
-        self.name, self.parse, self.default, self.metavar, self.help = name, parse, default, metavar, help
+    def __init__(self, name, help, parse=parse_boolean, metavar=None, default=None, short=None, variable=True,
+                 path=False, field=None):
+        self.name, self.help, self.parse, self.metavar, self.default = name, help, parse, metavar, default
         self.short, self.path, self.field = short, path, field
         self.is_boolean, self.choices = parse is parse_boolean, getattr(parse, "choices", ())
         self.variable = "PACKTRACK_" + name.upper().replace("-", "_") if variable else None
-        self.flag = "--" + name
-        # The flag that undoes a boolean.
-        self.opposite = ("--" + (name[3:] if name.startswith("no-") else "no-" + name)
-                         if self.is_boolean and variable else None)
+        self.flag, self.opposite = "--" + name, None
+        if self.is_boolean and variable:  # the flag that undoes it
+            self.opposite = "--" + (name[3:] if name.startswith("no-") else "no-" + name)
         self.flags = [flag for flag in (self.flag, self.opposite, short) if flag]
 
 
+BASE_URL = "https://pack.shimcounty.com"
+USER_AGENT = "pack-track-sdk-python/{0} packtrack-logger/{0}".format(VERSION)
 GROUPS = (
     ("Core", (
-        Option("api-key", parse_header, None, "KEY",
-               "key of the service; safer in a file or the environment"),
-        Option("api-key-file", parse_required, None, "PATH",
-               "take the key from the file's first line", path=True),
-        Option("base-url", parse_base_url, "https://pack.shimcounty.com", "URL", "where the service is"),
-        Option("health-path", parse_path, "/api/health", "PATH", "path of the health check"),
-        Option("timeout", parse_limit, "15s", "DURATION",
-               "limit of one attempt, from connecting to the answer"),
-        Option("retries", whole_number(0, 1000), "3", "N", "further tries after the first"),
-        Option("backoff-initial", parse_duration, "100ms", "DURATION", "wait before the first further try"),
-        Option("backoff-max", parse_duration, "2s", "DURATION", "longest wait between tries, before jitter"),
-        Option("jitter", parse_fraction, "0.2", "FRACTION", "random share of each wait, 0 to 1"),
-        Option("user-agent", parse_header,
-               "pack-track-sdk-python/{0} packtrack-logger/{0}".format(VERSION), "TEXT", "User-Agent header"),
-        Option("idempotency-key", parse_header, None, "KEY",
-               "Idempotency-Key header, with record numbers where a run makes several requests; auto: the body's hash"),
-        Option("gzip", parse_boolean, None, None, "compress the body"),
+        Option("api-key", "key of the service; safer in a file or the environment", parse_header, "KEY"),
+        Option("api-key-file", "take the key from the file's first line", parse_required, "PATH", path=True),
+        Option("base-url", "where the service is", parse_base_url, "URL", BASE_URL),
+        Option("health-path", "path of the health check", parse_path, "PATH", "/api/health"),
+        Option("timeout", "limit of one attempt, from connecting to the answer",
+               parse_limit, "DURATION", "15s"),
+        Option("retries", "further tries after the first", whole_number(0, 1000), "N", "3"),
+        Option("backoff-initial", "wait before the first further try", parse_duration, "DURATION", "100ms"),
+        Option("backoff-max", "longest wait between tries, before jitter", parse_duration, "DURATION", "2s"),
+        Option("jitter", "random share of each wait, 0 to 1", parse_fraction, "FRACTION", "0.2"),
+        Option("user-agent", "User-Agent header", parse_header, "TEXT", USER_AGENT),
+        Option("idempotency-key", "Idempotency-Key header, with record numbers where a run makes several "
+               "requests; auto: the body's hash", parse_header, "KEY"),
+        Option("gzip", "compress the body"),
     )),
     ("Event construction", (
-        Option("timestamp", parse_timestamp, None, "RFC3339", "time; default now", field=("timestamp",)),
-        Option("source-system", parse_required, None, "TEXT", "required", field=("source", "system")),
-        Option("source-env", parse_text, None, "TEXT", "such as prod", field=("source", "env")),
-        Option("workflow-id", parse_required, None, "TEXT", "required", field=("workflow", "id")),
-        Option("workflow-name", parse_text, None, "TEXT", "the workflow's name", field=("workflow", "name")),
-        Option("run-id", parse_text, None, "TEXT", "the workflow's run", field=("workflow", "run_id")),
-        Option("step-id", parse_text, None, "TEXT", "the run's step", field=("workflow", "step_id")),
-        Option("actor-type", parse_required, None, "TEXT", "required, such as agent", field=("actor",
-               "type")),
-        Option("actor-id", parse_required, None, "TEXT", "required", field=("actor", "id")),
-        Option("actor-display", parse_text, None, "TEXT", "the actor's name", field=("actor",
-               "display_name")),
-        Option("severity", one_of(*SEVERITIES), None, "WORD", "required:", field=("severity",)),
-        Option("status", one_of(*STATUSES), None, "WORD", "required:", field=("status",)),
-        Option("message", parse_required, None, "TEXT", "required", field=("message",)),
-        Option("metadata", parse_object, None, "JSON", "a JSON object", field=("metadata",)),
-        Option("extra", parse_object, None, "JSON", "a JSON object", field=("extra",)),
+        Option("timestamp", "time; default now", parse_timestamp, "RFC3339", field="timestamp"),
+        Option("source-system", "required", parse_required, "TEXT", field="source.system"),
+        Option("source-env", "such as prod", str, "TEXT", field="source.env"),
+        Option("workflow-id", "required", parse_required, "TEXT", field="workflow.id"),
+        Option("workflow-name", "the workflow's name", str, "TEXT", field="workflow.name"),
+        Option("run-id", "the workflow's run", str, "TEXT", field="workflow.run_id"),
+        Option("step-id", "the run's step", str, "TEXT", field="workflow.step_id"),
+        Option("actor-type", "required, such as agent", parse_required, "TEXT", field="actor.type"),
+        Option("actor-id", "required", parse_required, "TEXT", field="actor.id"),
+        Option("actor-display", "the actor's name", str, "TEXT", field="actor.display_name"),
+        Option("severity", "required:", one_of(*SEVERITIES), "WORD", field="severity"),
+        Option("status", "required:", one_of(*STATUSES), "WORD", field="status"),
+        Option("message", "required", parse_required, "TEXT", field="message"),
+        Option("metadata", "a JSON object", parse_object, "JSON", field="metadata"),
+        Option("extra", "a JSON object", parse_object, "JSON", field="extra"),
     )),
     ("Input sources", (
-        Option("file", parse_required, None, "PATH",
-               "read a JSON event or array; - is standard input", path=True),
-        Option("stdin", parse_boolean, None, None, "read standard input"),
-        Option("ndjson", parse_boolean, None, None, "the input holds one JSON event a line"),
+        Option("file", "read a JSON event or array; - is standard input", parse_required, "PATH", path=True),
+        Option("stdin", "read standard input"),
+        Option("ndjson", "the input holds one JSON event a line"),
     )),
     ("Delivery", (
-        Option("batch-size", whole_number(1, 1000000), "100", "N", "most records of one request"),
-        Option("max-batch-bytes", whole_number(1, 1 << 30), "1000000", "N", "most bytes of one body"),
-        Option("deadline", parse_limit, None, "DURATION", "limit of the whole run; past it: exit 3"),
-        Option("keep-going", parse_boolean, None, None, "skip what is invalid or refused, deliver the rest"),
-        Option("undelivered", parse_required, None, "FILE",
-               "append what was read and not delivered", path=True),
-        Option("output", parse_required, None, "FILE",
-               "append to FILE, - for standard output, and do not send", path=True),
+        Option("batch-size", "most records of one request", whole_number(1, 1000000), "N", "100"),
+        Option("max-batch-bytes", "most bytes of one body", whole_number(1, 1 << 30), "N", "1000000"),
+        Option("deadline", "limit of the whole run; past it: exit 3", parse_limit, "DURATION"),
+        Option("keep-going", "skip what is invalid or refused, deliver the rest"),
+        Option("undelivered", "append what was read and not delivered", parse_required, "FILE", path=True),
+        Option("output", "append to FILE, - for standard output, and do not send",
+               parse_required, "FILE", path=True),
     )),
     ("Diagnostics", (
-        Option("verbose", parse_boolean, None, None, "tell of attempts, waits and statuses", short="-v"),
-        Option("dry-run", parse_boolean, None, None, "validate only"),
-        Option("health", parse_boolean, None, None, "ask the service's health; exit 0 or 1"),
-        Option("health-enable", parse_boolean, None, None, "ask it before sending, told by --verbose"),
-        Option("json", parse_boolean, None, None, "one line of JSON on standard output at the end"),
-        Option("progress", parse_boolean, None, None, "show progress; default on a terminal"),
-        Option("completion", one_of("bash", "zsh", "fish"), None, "SHELL",
-               "print the completion script:", variable=False),
-        Option("version", parse_boolean, None, None, "print the version", short="-V", variable=False),
-        Option("help", parse_boolean, None, None, "print this", short="-h", variable=False),
+        Option("verbose", "tell of attempts, waits and statuses", short="-v"),
+        Option("dry-run", "validate only"),
+        Option("health", "ask the service's health; exit 0 or 1"),
+        Option("health-enable", "ask it before sending, told by --verbose"),
+        Option("json", "one line of JSON on standard output at the end"),
+        Option("progress", "show progress; default on a terminal"),
+        Option("completion", "print the completion script:",
+               one_of("bash", "zsh", "fish"), "SHELL", variable=False),
+        Option("version", "print the version", short="-V", variable=False),
+        Option("help", "print this", short="-h", variable=False),
     )),
     ("Async", (
-        Option("async", parse_boolean, None, None,
-               "send while reading; a pipe is not kept for a second reading"),
-        Option("flush-interval", parse_limit, "1s", "DURATION",
-               "longest wait of a record for its batch to fill"),
-        Option("queue-capacity", whole_number(1, 10000000), "10000", "N",
-               "most records that wait to be sent"),
-        Option("no-flush", parse_boolean, None, None, "abandon what is queued at the end"),
+        Option("async", "send while reading; a pipe is not kept for a second reading"),
+        Option("flush-interval", "longest wait of a record for its batch to fill",
+               parse_limit, "DURATION", "1s"),
+        Option("queue-capacity", "most records that wait to be sent",
+               whole_number(1, 10000000), "N", "10000"),
+        Option("no-flush", "abandon what is queued at the end"),
     )),
     ("Command", (
-        Option("command-timeout", parse_limit, None, "DURATION",
-               "then send TERM, and 5s later KILL; exit 124"),
-        Option("strict", parse_boolean, None, None, "a failed delivery fails a command that succeeded"),
+        Option("command-timeout", "then send TERM, and 5s later KILL; exit 124", parse_limit, "DURATION"),
+        Option("strict", "a failed delivery fails a command that succeeded"),
     )),
 )
 OPTIONS = tuple(option for _, options in GROUPS for option in options)
 BY_NAME = {option.name: option for option in OPTIONS}
-EVENT_OPTIONS = tuple(option for option in OPTIONS if option.field)
 
 
 class Settings(dict):
     """The value of each option by its name; defaults are parsed when they are asked for.
 
-    sources: {name: the flag or variable that gave it}. command: what stands after `--`, or None. trouble: with a
-    command, the first error of the environment, which must not keep the command from running; else None.
+    sources: {name: the flag or variable that gave it}. command: what stands after `--`, or None. trouble:
+    with a command, the first error of the environment, which must not keep the command from running; else
+    None.
     """
 
     def __init__(self, command=None):
@@ -359,12 +346,11 @@ class Settings(dict):
         return self[name]
 
     def from_flag(self, name):
-        """Tell whether the command line gave this option."""
         return self.sources.get(name, "").startswith("-")
 
 
 class Keep(argparse.Action):
-    """Keeps a flag as it was written beside its text; values are parsed later, as those of the environment are."""
+    """Keeps a flag as it was written beside its text, which is parsed later, as the environment's are."""
 
     def __call__(self, parser, namespace, value, flag=None):
         vars(namespace)[self.dest] = (flag, value[1:] if self.nargs is None else value)
@@ -381,11 +367,12 @@ class Parser(argparse.ArgumentParser):
 
 def parse_command_line(argv):
     """Return {option name: (flag, text; None for a bare boolean)} and the command after `--`, or None."""
-    # The help is ours. A fixed width keeps argparse from importing shutil, to measure the terminal for each flag.
+    # The help is ours. A fixed width keeps argparse from importing shutil to measure the terminal.
     parser = Parser(add_help=False, allow_abbrev=False, usage="", argument_default=argparse.SUPPRESS,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80))
     for option in OPTIONS:
-        parser.add_argument(*option.flags, dest=option.name, action=Keep, nargs="?" if option.is_boolean else None)
+        nargs = "?" if option.is_boolean else None
+        parser.add_argument(*option.flags, dest=option.name, action=Keep, nargs=nargs)
     takes_value = {option.flag for option in OPTIONS if not option.is_boolean}
     words, command, rest = [], None, iter(argv)
     for word in rest:
@@ -394,21 +381,20 @@ def parse_command_line(argv):
             break
         flag, equals, value = word.partition("=")
         if flag in takes_value:
-            # Joined behind one more "=": argparse takes a value that begins with a dash for a flag, and drops "--".
+            # Joined by one more "=": argparse takes a value with a dash first for a flag, and drops "--".
             value = value if equals else next(rest, None)
             word = flag if value is None else "{}=={}".format(flag, value)
         words.append(word)
     given, unknown = parser.parse_known_args(words)
     if unknown:
-        word = unknown[0]
-        if not word.startswith("-") or word == "-":
-            raise InvalidError("unexpected argument (not shown: it may be a secret); put quotes around a value with "
-                               "blanks, and -- before a command")
-        flag = word.split("=")[0]
+        if not unknown[0].startswith("-") or unknown[0] == "-":
+            raise InvalidError("unexpected argument (not shown: it may be a secret); put quotes around "
+                               "a value with blanks, and -- before a command")
+        flag = unknown[0].split("=")[0]
         near = nearest(flag, [known for option in OPTIONS for known in option.flags])
-        # The value of a short flag may follow it without a blank.
-        raise InvalidError("unknown flag {}{}; see --help".format(
-            printable(flag if flag.startswith("--") else flag[:2]), near))
+        if not flag.startswith("--"):
+            flag = flag[:2]  # the value of a short flag may follow it without a blank
+        raise InvalidError("unknown flag {}{}; see --help".format(printable(flag), near))
     if command == []:
         raise InvalidError("a command must follow", where="--")
     return vars(given), command
@@ -431,7 +417,7 @@ def read_option(option, source, text):
 
 
 def resolve(argv, environ):
-    """Return the Settings of a command line (a list, without the program's name) and an environment (a mapping).
+    """Return the Settings of a command line (a list without the program's name) and an environment (a dict).
 
     A flag beats its variable, and that the default. Raises InvalidError.
     """
@@ -455,27 +441,29 @@ def resolve(argv, environ):
 
 
 def settle(settings):
-    """Refuse flags that contradict each other; of variables, drop those that are about another kind of run."""
+    """Refuse flags that contradict each other; drop variables that are about another kind of run."""
     sources = [name for name in ("file", "stdin") if settings[name]]
     flags = [name for name in sources if settings.from_flag(name)]
     chosen = flags if flags or settings.command else sources
     if len(chosen) > 1:
-        raise InvalidError("one source of records, please: {} or {}".format(*(settings.sources[n] for n in chosen)))
+        names = [settings.sources[name] for name in chosen]
+        raise InvalidError("one source of records, please: {} or {}".format(*names))
     for name in sources:
         if name not in chosen:
             settings[name] = None
+    command = settings.command
     needs_command, no_command = "needs a command after --", "cannot be combined with a command after --"
     rules = (
-        ("file", not settings.command, no_command),
-        ("stdin", not settings.command, no_command),
+        ("file", not command, no_command),
+        ("stdin", not command, no_command),
         ("ndjson", settings["file"] or settings["stdin"], "needs --file or --stdin"),
         ("no-flush", settings["async"], "needs --async"),
-        ("command-timeout", settings.command, needs_command),
-        ("strict", settings.command, needs_command),
-        ("json", not settings.command, no_command),
-        ("health", not settings.command, no_command),
-        ("dry-run", not settings.command, no_command),
-        ("output", not settings.command or settings["output"] != "-", "- " + no_command),
+        ("command-timeout", command, needs_command),
+        ("strict", command, needs_command),
+        ("json", not command, no_command),
+        ("health", not command, no_command),
+        ("dry-run", not command, no_command),
+        ("output", not command or settings["output"] != "-", "- " + no_command),
     )
     for name, holds, why in rules:
         if settings[name] and not holds:
@@ -556,21 +544,22 @@ def help_text():
             lines.insert(0, "")
         return [name.ljust(width) + lines[0]] + [" " * width + line for line in lines[1:]]
 
-    lines = ["Send PackTrack events: from flags, JSON, NDJSON, or on how a command ended.", "", USAGE.rstrip()]
+    lines = ["Send PackTrack events: from flags, JSON, NDJSON, or on how a command ended.", ""]
+    lines += [USAGE.rstrip()]
     for title, options in GROUPS:
         lines += ["", title + (" (for records from an input: what they lack):" if options[0].field else ":")]
         for option in options:
-            flag = "  {}{}{}".format(option.short + ", " if option.short else "", option.flag,
-                                     " " + option.metavar if option.metavar else "")
-            facts = [option.variable] if option.variable else []
-            facts += ["default " + option.default] if option.default else []
-            lines += entry(flag, about(option) + (" [{}]".format(", ".join(facts)) if facts else ""), 26)
-    lines += ["", "A boolean flag has a --no- form. A flag beats its variable, that the default.",
-              "", "Exit codes:"]
+            flags = ", ".join(filter(None, (option.short, option.flag)))
+            default = option.default and "default " + option.default
+            facts = ", ".join(filter(None, (option.variable, default)))
+            text = about(option) + (" [{}]".format(facts) if facts else "")
+            lines += entry("  " + " ".join(filter(None, (flags, option.metavar))), text, 26)
+    lines += ["", "A boolean flag has a --no- form. A flag beats its variable, that the default."]
+    lines += ["", "Exit codes:"]
     for code, meaning in exit_codes():
         lines += entry("  " + code, meaning, 10)
-    return "\n".join(lines + entry("", "With a command: the command's own, and 124 after --command-timeout.", 10)
-                     ) + "\n" + EXAMPLES
+    lines += entry("", "With a command: the command's own, and 124 after --command-timeout.", 10)
+    return "\n".join(lines) + "\n" + EXAMPLES
 
 
 def readme_tables():
@@ -592,9 +581,9 @@ def completion(shell):
 
 def bash_completion():
     """For bash 3.2 or later; where it proposes nothing, the shell's own file names stand in."""
-    cases = "".join(
-        '        {}) COMPREPLY=($(compgen -W "{}" -- "$cur")); return ;;\n'.format(option.flag, " ".join(option.choices))
-        for option in OPTIONS if option.choices)
+    case = '        {}) COMPREPLY=($(compgen -W "{}" -- "$cur")); return ;;\n'
+    cases = "".join(case.format(option.flag, " ".join(option.choices))
+                    for option in OPTIONS if option.choices)
     values = "|".join(option.flag for option in OPTIONS if not (option.is_boolean or option.choices))
     words = " ".join(flag for option in OPTIONS for flag in option.flags)
     return """_packtrack_logger() {
@@ -622,8 +611,8 @@ def zsh_completion():
     for option in OPTIONS:
         value = ""
         if not option.is_boolean:
-            words = "({})".format(" ".join(option.choices)) if option.choices else "_files" if option.path else " "
-            value = ":{}:{}".format(option.metavar, words)
+            words = "({})".format(" ".join(option.choices)) if option.choices else " "
+            value = ":{}:{}".format(option.metavar, "_files" if option.path else words)
         text = re.sub(r"([][:\\])", r"\\\1", option.help.rstrip(":")).replace("'", "'\\''")
         lines += ["    '{}[{}]{}' \\".format(flag, text, value) for flag in option.flags]
     return """#compdef packtrack-logger packtrack-logger.pyz
@@ -644,11 +633,13 @@ def fish_completion():
     """To be sourced, or kept in fish's completions directory."""
     lines = []
     for option in OPTIONS:
-        words = " -x -a '{}'".format(" ".join(option.choices)) if option.choices else " -r -F" if option.path else " -x"
+        value = "" if option.is_boolean else " -r -F" if option.path else " -x"
+        if option.choices:
+            value = " -x -a '{}'".format(" ".join(option.choices))
+        text = option.help.rstrip(":").replace("'", "\\'")
         for flag in option.flags:
-            lines.append("complete -c packtrack-logger -f {}{} -d '{}'".format(
-                "-l " + flag[2:] if flag.startswith("--") else "-s " + flag[1:], "" if option.is_boolean else words,
-                option.help.rstrip(":").replace("'", "\\'")))
+            name = "-l " + flag[2:] if flag.startswith("--") else "-s " + flag[1:]
+            lines.append("complete -c packtrack-logger {}{} -d '{}'".format(name, value, text))
     return "\n".join(lines) + "\n"
 
 
@@ -691,11 +682,12 @@ def bulk_fault(text):
     """Return what is wrong with large JSON text that Python versions would disagree about, or None."""
     if len(text) > MAX_RECORD:
         return "a record of more than 16 MiB"
-    if len(text) <= MAX_DIGITS and text.count("[") + text.count("{") <= MAX_DEPTH:
+    may_nest = text.count("[") + text.count("{") > MAX_DEPTH
+    if len(text) <= MAX_DIGITS and not may_nest:
         return None
     # A run of more than 4300 digits holds a character whose position is a multiple of 4300.
     run = re.compile(r"[0-9]{%d}" % (MAX_DIGITS + 1))
-    if text.count("[") + text.count("{") <= MAX_DEPTH and not any(
+    if not may_nest and not any(
             text[middle] in DIGITS and run.search(text, middle - MAX_DIGITS, middle + MAX_DIGITS + 1)
             for middle in range(MAX_DIGITS, len(text), MAX_DIGITS)):
         return None
@@ -729,7 +721,7 @@ def json_fault(error):
 
 
 def parse_json(text):
-    """Return the value of JSON text, strictly: raises InputError that tells what and where, and quotes nothing."""
+    """Return the value of JSON text, strictly. Raises InputError that tells what and where, not quoted."""
     fault, position = bulk_fault(text), None
     if fault is None:
         try:
@@ -739,15 +731,16 @@ def parse_json(text):
             fault, position = "not JSON: something follows the value", end
         except (ValueError, StopIteration, RecursionError) as error:
             fault, position = json_fault(error)
-    raise InputError(fault if position is None else "{} at column {}".format(
-        fault, position - text.rfind("\n", 0, position)))
+    if position is not None:
+        fault = "{} at column {}".format(fault, position - text.rfind("\n", 0, position))
+    raise InputError(fault)
 
 
 encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def dump_json(value):
-    """Return value as the bytes of compact JSON on one line. Raises InvalidError where JSON has no such value."""
+    """Return the bytes of compact JSON on one line. Raises InvalidError where JSON has no such value."""
     try:
         return encode_json(value).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only hold escaped
@@ -789,15 +782,15 @@ def _value(event, path):
 def _check_names(prefix, record, known):
     for name in record:
         if name not in known:
-            raise InvalidError('unknown field{} (what is your own belongs under "metadata")'.format(
-                nearest(name, known)), where=prefix + printable(name))
+            why = 'unknown field{} (what is your own belongs under "metadata")'.format(nearest(name, known))
+            raise InvalidError(why, where=prefix + printable(name))
 
 
 def complete_event(event, defaults, now):
     """Return a copy of event (a dict) with what it lacks, null included, filled in.
 
-    defaults: an event of any fields. now: the timestamp, text, of an event that has none. What the event says wins.
-    Raises InvalidError if the result is not a valid event.
+    defaults: an event of any fields. now: the timestamp, text, of an event that has none. What the event says
+    wins. Raises InvalidError if the result is not a valid event.
     """
     result = fill_event(event, defaults, now)
     check_event(result)
@@ -829,10 +822,10 @@ def _merge(own, default):
 
 
 def completeness_test(defaults):
-    """Return a fast test of a parsed record: True only if it is valid and lacks nothing that the defaults hold.
+    """Return a fast test of a parsed record: True only if it is valid and lacks nothing of the defaults.
 
-    It may say False of a valid record; complete_event then has the last word. The test runs once a record, so it is
-    flat: join() checks in one call that all values are strings, lengths that there is no unknown name.
+    It may say False of a valid record; complete_event then has the last word. The test runs once a record, so
+    it is flat: join() checks in one call that all values are strings, lengths that there is no unknown name.
     """
     timestamp, join = re.compile(TIMESTAMP).match, "".join
     severities, statuses = frozenset(SEVERITIES), frozenset(STATUSES)
@@ -840,9 +833,11 @@ def completeness_test(defaults):
 
     def is_complete(event):
         try:
-            source, workflow, actor, message = event["source"], event["workflow"], event["actor"], event["message"]
-            if not (event["severity"] in severities and event["status"] in statuses and timestamp(event["timestamp"])
-                    and source["system"] and workflow["id"] and actor["type"] and actor["id"] and message):
+            source, workflow, actor = event["source"], event["workflow"], event["actor"]
+            message = event["message"]
+            if not (event["severity"] in severities and event["status"] in statuses
+                    and timestamp(event["timestamp"]) and source["system"] and workflow["id"]
+                    and actor["type"] and actor["id"] and message):
                 return False
             join((message, *source.values(), *workflow.values(), *actor.values()))
             known = 7
@@ -854,9 +849,10 @@ def completeness_test(defaults):
                 known += 1
                 if type(event["extra"]) is not dict:
                     return False
-            return (len(event) == known
-                    and len(source) == 1 + ("env" in source) and len(actor) == 2 + ("display_name" in actor)
-                    and len(workflow) == 1 + ("name" in workflow) + ("run_id" in workflow) + ("step_id" in workflow))
+            return (len(event) == known and len(source) == 1 + ("env" in source)
+                    and len(actor) == 2 + ("display_name" in actor)
+                    and len(workflow) == 1 + ("name" in workflow) + ("run_id" in workflow)
+                    + ("step_id" in workflow))
         except (KeyError, TypeError, AttributeError):
             return False
 
@@ -874,19 +870,18 @@ def completeness_test(defaults):
 def event_defaults(settings):
     """Return the defaults that the event options give: an event of any fields."""
     defaults = {}
-    for option in EVENT_OPTIONS:
-        if settings[option.name]:
-            place = defaults
-            for name in option.field[:-1]:
-                place = place.setdefault(name, {})
-            place[option.field[-1]] = settings[option.name]
+    for option in OPTIONS:
+        if option.field and settings[option.name]:
+            part, _, name = option.field.rpartition(".")
+            (defaults.setdefault(part, {}) if part else defaults)[name] = settings[option.name]
     return defaults
 
 
 def utc_timestamp(seconds):
     """Return seconds since the epoch as an RFC 3339 time in UTC with microseconds."""
     whole = int(seconds // 1)
-    return "{}.{:06d}Z".format(time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)), int((seconds - whole) * 1e6))
+    micros = int((seconds - whole) * 1e6)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + ".{:06d}Z".format(micros)
 
 
 # ---- Input: from streams to records; no network ------------------------------------------------------------
@@ -901,19 +896,14 @@ BOM = b"\xef\xbb\xbf"
 class Watch:
     """Bounds whatever waits: by the run's deadline, and by INT and TERM.
 
-    Waiting is done inside `with watch:`. Only there does a signal raise Interrupted, so that no accounting is cut
-    in two; elsewhere it is noted, and raised where the next wait begins.
-    seconds: the deadline of the run from now, or None. now, pause: the monotonic clock and the way to sleep.
+    Waiting is done inside `with watch:`. Only there does a signal raise Interrupted, so that no accounting is
+    cut in two; elsewhere it is noted, and raised where the next wait begins. seconds: the deadline of the run
+    from now, or None. now, pause: the monotonic clock and the way to sleep.
     """
 
     def __init__(self, seconds=None, now=time.monotonic, pause=time.sleep):
         self.now, self.pause, self.signals, self._waiting = now, pause, [], False
         self.deadline = None if seconds is None else now() + seconds
-
-    @property
-    def signal(self):
-        """The number of the first signal, or None."""
-        return self.signals[0] if self.signals else None
 
     def handle_signal(self, number, frame=None):
         """The handler of INT and TERM. One that interrupts another leaves it to that one to raise."""
@@ -925,8 +915,8 @@ class Watch:
     def count_signals(self):
         """Return how many signals came.
 
-        Where two come at once and the first's handler raises, CPython leaves the second's for later, which may be never;
-        to touch the mask runs it.
+        Where two come at once and the first's handler raises, CPython leaves the second's for later, which
+        may be never; to touch the mask runs it.
         """
         import signal
 
@@ -942,13 +932,12 @@ class Watch:
         self._waiting = False
 
     def check(self):
-        """Raise Interrupted if a signal came."""
         if self.signals:
             self._waiting = False
             raise Interrupted()
 
     def left(self, limit=None):
-        """Return the seconds left, at most limit; None: no limit. Raises RetriesExhaustedError past the deadline."""
+        """Return the seconds left, at most limit, or None. Raises RetriesExhaustedError past the deadline."""
         if self.deadline is None:
             return limit
         left = self.deadline - self.now()
@@ -957,7 +946,6 @@ class Watch:
         return left if limit is None else min(left, limit)
 
     def sleep(self, seconds):
-        """Wait for some seconds."""
         with self:
             self.pause(seconds)
 
@@ -982,19 +970,18 @@ class ThreadWatch(Watch):
 
 
 def start_thread(work):
-    """Start a daemon thread that no signal reaches: the system may give it one that should have woken the main thread."""
+    """Start a daemon thread that no signal reaches: one it took would not wake the main thread."""
     import signal
     import threading
 
     thread = threading.Thread(target=work, daemon=True)
-    if not hasattr(signal, "pthread_sigmask"):  # Windows, which gives signals to the main thread alone
-        thread.start()
-        return thread
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    mask = getattr(signal, "pthread_sigmask", None)  # Windows gives signals to the main thread alone
+    before = mask and mask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         thread.start()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask:
+            mask(signal.SIG_SETMASK, before)
     return thread
 
 
@@ -1010,7 +997,15 @@ class Source:
         self.name, self._watch, self._late = display(path, "standard input"), watch, None
         try:
             if path != "-":
-                self.raw = io.FileIO(self._open(path, stat.S_ISFIFO(os.stat(path).st_mode)))
+                # Opening a FIFO waits for its writer; Linux can wait in read() instead, under the deadline.
+                flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+                if sys.platform.startswith("linux") and stat.S_ISFIFO(os.stat(path).st_mode):
+                    descriptor = os.open(path, flags | os.O_NONBLOCK)
+                    os.set_blocking(descriptor, True)
+                else:
+                    with watch:
+                        descriptor = os.open(path, flags)
+                self.raw = io.FileIO(descriptor)
             elif sys.stdin is None:
                 raise InputError("is closed", where=self.name)
             else:
@@ -1020,16 +1015,6 @@ class Source:
             self.base = self.raw.tell() if self.is_file else 0
         except (OSError, ValueError) as error:
             raise InputError("cannot be read: " + reason(error), where=self.name)
-
-    def _open(self, path, is_fifo):
-        # Opening a FIFO waits for its writer. Linux can wait in read() instead, where the deadline holds.
-        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-        if not (is_fifo and sys.platform.startswith("linux")):
-            with self._watch:
-                return os.open(path, flags)
-        descriptor = os.open(path, flags | os.O_NONBLOCK)
-        os.set_blocking(descriptor, True)
-        return descriptor
 
     def read(self):
         """Return the bytes that are there, at most BLOCK; b"" at the end."""
@@ -1045,7 +1030,7 @@ class Source:
             raise InputError("cannot be read: " + reason(error), where=self.name)
 
     def read_block(self):
-        """Return BLOCK bytes, or fewer at the end; what came before a deadline or signal is returned before that."""
+        """Return BLOCK bytes, or fewer at the end and before a deadline or signal, which is raised next."""
         if self._late:
             raise self._late
         chunks, size = [], 0
@@ -1065,9 +1050,7 @@ class Source:
     def _wait(self):
         import select
 
-        if os.name == "nt":  # Windows can only wait for sockets there
-            return
-        ready = False
+        ready = os.name == "nt"  # Windows can only wait for sockets there
         while not ready:
             left = self._watch.left()
             with self._watch:
@@ -1100,8 +1083,8 @@ class Replay:
             try:
                 self._spool.write(chunk)
             except OSError as error:
-                raise InputError("there is no place to keep it while it is validated ({}); --async needs none".format(
-                    reason(error)), where=self.source.name)
+                why = "there is no place to keep it while it is validated ({}); --async needs none"
+                raise InputError(why.format(reason(error)), where=self.source.name)
         return chunk
 
     def again(self, start, size):
@@ -1124,28 +1107,29 @@ class Replay:
 class Block:
     """Records that were read together; after note(), where to find them again.
 
-    records: their bytes, as they will be sent; those that are refused, as they came. errors: {index: why refused}.
-    start: where the first begins in the stream. data: the stream's bytes from there to the end of the last. as_came:
-    they are lines, none of them blank or completed. broken: the only record is the whole rest of the stream, in which
-    records cannot be told apart.
+    records: their bytes, as they will be sent; those that are refused, as they came. errors: {index: why
+    refused}. start: where the first begins in the stream. data: the stream's bytes from there to the end of
+    the last. as_came: they are lines, none of them blank or completed. broken: the only record is the whole
+    rest of the stream, in which records cannot be told apart.
     """
 
-    __slots__ = ("records", "errors", "start", "data", "as_came", "broken", "size", "checksum", "count", "gap")
+    __slots__ = ("records", "errors", "start", "data", "as_came", "broken",
+                 "size", "checksum", "count", "gap")
 
     def __init__(self, records, errors, start, data, as_came=False, broken=False):
         self.records, self.errors, self.start, self.data = records, errors, start, data
         self.as_came, self.broken = as_came, broken
 
     def note(self):
-        """Forget the bytes, and remember what a second reading needs."""
+        """Forget the bytes; remember what a second reading needs."""
         from zlib import crc32
 
+        self.size, self.checksum = len(self.data), crc32(self.data)
+        self.count, self.gap = len(self.records), None
         # Lines as they came, with one byte between any two, which can but be the line break.
-        plain = self.as_came and sum(map(len, self.records)) + len(self.records) - 1 == len(self.data)
-
-        self.size, self.checksum, self.count, self.gap = len(self.data), crc32(self.data), len(self.records), None
+        plain = self.as_came and sum(map(len, self.records)) + self.count - 1 == self.size
         if self.records and not self.errors:
-            # If cutting at the gap between the first two gives the very records, the second reading need not parse.
+            # If cutting at the gap between the first two gives these records, it need not be parsed again.
             length = len(self.records[0])
             gap = self.data[length:self.data.find(b"{", length)] if self.count > 1 else b"\n"
             if gap and (plain or cut_records(self.data, gap) == self.records):
@@ -1183,7 +1167,7 @@ class Scanner:
         self._skip_to_object = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)").match
 
     def blocks(self, read):
-        """Yield the Blocks of a stream; read() returns its next bytes, b"" at the end. Raises InputError if empty."""
+        """Yield the Blocks of a stream; read() returns bytes, b"" at the end. Raises InputError if empty."""
         head, empty = b"", True
         while len(head) < 4:
             chunk = read()
@@ -1201,7 +1185,6 @@ class Scanner:
             raise InputError("is empty: there is no event in it", where=self.name)
 
     def scan_again(self, data):
-        """Return the records and errors of a Block from its data."""
         if self.ndjson:
             block = self._line_block(data, 0, 1)[0]
             return block.records, block.errors
@@ -1251,11 +1234,11 @@ class Scanner:
             position = end + 1
         edges = records[0][:1] + records[0][-1:] if records else b""
         if line == 1 and 0 in errors and edges in (b"{{", b"[[", b"[,"):
-            errors[0] = InputError(errors[0].args[0] + "; leave out --ndjson if this is one JSON object or array",
-                                   where=errors[0].where)
+            why = errors[0].args[0] + "; leave out --ndjson if this is one JSON object or array"
+            errors[0] = InputError(why, where=errors[0].where)
         begin = size - len(data.lstrip(BLANK))
-        block = Block(records, errors, start + begin, data[begin:].rstrip(BLANK), as_came)
-        return block, len(records) + blanks
+        data = data[begin:].rstrip(BLANK)
+        return Block(records, errors, start + begin, data, as_came), len(records) + blanks
 
     def _examine(self, raw, records, errors, line):
         """Add the record whose bytes are raw to records, completed, or as it came with its error."""
@@ -1296,12 +1279,13 @@ class Scanner:
                 yield Block(records, errors, start + first, data[first:end])
             if why is None:
                 return
-            line, start, data, position = line + data.count(b"\n", 0, end), start + end, data[end:], max(0, position - end)
+            line, start, position = line + data.count(b"\n", 0, end), start + end, max(0, position - end)
+            data = data[end:]
             if why or len(data) > MAX_RECORD:
                 where, why = why or (end, "a record of more than 16 MiB")
                 yield self._broken(data, start, line, where - end, why)
                 return
-            wanted = 2 * len(data)  # a record that was not whole is tried again when there is twice as much of it
+            wanted = 2 * len(data)  # a record that was not whole is tried again when there is twice as much
             while not final and len(data) <= wanted:
                 chunk = read()
                 final = not chunk
@@ -1310,8 +1294,9 @@ class Scanner:
     def _element_block(self, data, position, after, final, line):
         """Read elements from position on; after: an element, so a comma or the end comes first.
 
-        Return records, errors, where the first begins and the last ends, whether an element came before that end,
-        and None where the whole ended, () where more bytes are needed, or (position, why) where the JSON is wrong.
+        Return records, errors, where the first begins and the last ends, whether an element came before that
+        end, and None where the whole ended, () where more bytes are needed, or (position, why) where the JSON
+        is wrong.
         """
         records, errors, first, end, size = [], {}, 0, position if after else 0, len(data)
         text, valid = as_text(data)
@@ -1328,7 +1313,7 @@ class Scanner:
                 event, stop = scan(text, position)
             except (ValueError, StopIteration, RecursionError) as error:
                 fault, place = json_fault(error)
-                # Cut off by the end of the data, if it is at the end that it went wrong, or in an open string.
+                # Cut off by the end of the data, if it went wrong at the end, or in an open string.
                 cut_off = place is not None and (size - place < 16 or "nterminated" in fault)
                 why = () if cut_off and not final else (position if place is None else place, fault)
                 break
@@ -1354,12 +1339,14 @@ class Scanner:
         if position == size:
             if not final:
                 return None, ()
-            return None, None if after and self.single else (position, "not JSON: it ends before the array does")
+            fault = position, "not JSON: it ends before the array does"
+            return None, None if after and self.single else fault
         if not after and (self.single or text[position] != "]"):
             return position, ()
+        if self.single and text[position] == "{":
+            return None, (position, "several JSON objects one after another; for one a line add --ndjson")
         if self.single:
-            return None, (position, "several JSON objects one after another; for one a line add --ndjson"
-                          if text[position] == "{" else "not JSON: something follows the object")
+            return None, (position, "not JSON: something follows the object")
         if text[position] != "]":
             return None, (position, "not JSON: a comma or the array's end is expected")
         end = self._skip_blanks(text, position + 1).end()
@@ -1371,8 +1358,8 @@ class Scanner:
 def as_text(data):
     """Return bytes as text for the JSON scanner, and whether they are UTF-8.
 
-    Every byte becomes one character, so that positions in the text are positions in the bytes. JSON's own characters
-    are all ASCII; what is shown or written anew is decoded properly.
+    Every byte becomes one character, so that positions in the text are positions in the bytes. JSON's own
+    characters are all ASCII; what is shown or written anew is decoded properly.
     """
     text = data.decode("latin-1")
     try:
@@ -1395,7 +1382,6 @@ def reason(error):
 
 # ---- Transport: requests, answers, whether and when to try again; nothing is printed here ------------------
 
-DEFAULT_BASE_URL, DEFAULT_USER_AGENT = BY_NAME["base-url"].default, BY_NAME["user-agent"].default
 LONGEST_RETRY_AFTER = 60.0
 MOST_OF_BODY, MOST_OF_ERROR = 1 << 20, 1 << 16
 GRACE = 0.3
@@ -1417,7 +1403,7 @@ def backoff_delay(number, initial, maximum, jitter, random):
 
 
 def parse_retry_after(value, now):
-    """Return the seconds that a Retry-After header asks for (RFC 9110, 10.2.3), or None if it is absent or nonsense.
+    """Return the seconds that a Retry-After header asks for (RFC 9110, 10.2.3), or None if it is nonsense.
 
     value: the header's text or None. now: seconds since the epoch.
     """
@@ -1437,7 +1423,7 @@ def parse_retry_after(value, now):
 
 
 def look_up(host, port, left):
-    """Return the addresses of a host as getaddrinfo does; left() tells the seconds left, or raises. Raises OSError."""
+    """Return getaddrinfo's addresses of a host; left() tells the seconds left, or raises. Raises OSError."""
     import socket
 
     host = host.encode("ascii")  # bytes: text would import the IDNA codec
@@ -1465,8 +1451,8 @@ def look_up(host, port, left):
 class TimedSocket(io.RawIOBase):
     """A connected socket for http.client, whose every operation gets the time that is left of the attempt.
 
-    A socket's own timeout starts anew with each byte, so a drip or an endless run of 1xx answers would outlive it.
-    received: bytes so far. at_end: whether the other side has closed.
+    A socket's own timeout starts anew with each byte, so a drip or an endless run of 1xx answers would
+    outlive it. received: bytes so far. at_end: whether the other side has closed.
     """
 
     def __init__(self, sock, left):
@@ -1484,11 +1470,10 @@ class TimedSocket(io.RawIOBase):
         return count
 
     def sendall(self, data):
-        """Keep data for send_off(): http.client gives headers and body apart, and they are better off in one packet."""
+        """Keep data for send_off(): http.client gives headers and body apart; one packet is better."""
         self._unsent.append(data)
 
     def send_off(self):
-        """Send what was kept."""
         data, sent, self._unsent = b"".join(self._unsent), 0, []
         with memoryview(data) as view:
             while sent < len(view):
@@ -1564,7 +1549,6 @@ class KeptConnection:
                 pass  # no longer connected, which is all that is wanted
 
     def _left(self):
-        """Return the seconds left of the attempt."""
         self._watch.check()
         left = self.until - self._watch.now()
         if left <= 0:
@@ -1628,12 +1612,12 @@ class KeptConnection:
         try:
             self._socket.sock.settimeout(self._left())
             self._socket.sock = self._context.wrap_socket(self._socket.sock, server_hostname=host.rstrip("."))
-        except (ssl.SSLError, ssl.CertificateError) as error:  # 3.6 has a ValueError, CertificateError, for a wrong host
+        except (ssl.SSLError, ssl.CertificateError) as error:  # 3.6: the latter is a ValueError
             if not isinstance(error, ssl.CertificateError) and error.reason != "CERTIFICATE_VERIFY_FAILED":
                 raise
-            words = printable(getattr(error, "verify_message", "") or str(error))
-            raise RefusedError("the certificate of {} does not verify: {}; SSL_CERT_FILE can name your own roots".format(
-                host, words), kind="certificate", ends_run=True)
+            why = "the certificate of {} does not verify: {}; SSL_CERT_FILE can name your own roots".format(
+                host, printable(getattr(error, "verify_message", "") or str(error)))
+            raise RefusedError(why, kind="certificate", ends_run=True)
 
     def _exchange(self, request):
         from http.client import HTTPConnection, HTTPException, RemoteDisconnected
@@ -1665,7 +1649,7 @@ class KeptConnection:
 
 
 def response_class():
-    """Return an HTTPResponse that skips all of 1xx but 101 (RFC 9110, 15.2); http.client's own skips 100 alone."""
+    """Return an HTTPResponse that skips 1xx but 101 (RFC 9110, 15.2); http.client's own skips 100 alone."""
     from http.client import HTTPResponse, parse_headers
 
     class Response(HTTPResponse):
@@ -1680,7 +1664,7 @@ def response_class():
 
 
 def check_proxies(proxies):
-    """Return {scheme: proxy URL} as it is; raise InvalidError, which quotes no URL, where one cannot be used."""
+    """Return {scheme: proxy URL} as it is. Raises InvalidError, quoting no URL, if one cannot be used."""
     for scheme in ("http", "https"):
         kind, _, place = ("http://" + proxies.get(scheme, "none")).split("://", 1)[-1].rpartition("://")
         try:
@@ -1688,8 +1672,8 @@ def check_proxies(proxies):
                 raise ValueError(kind)
             parse_base_url("http://" + place.rpartition("@")[2].rstrip("/"))
         except ValueError:
-            raise InvalidError("is not the URL of an http proxy (it is not shown: it may hold a password)",
-                               where=scheme + "_proxy", ends_run=True)
+            why = "is not the URL of an http proxy (it is not shown: it may hold a password)"
+            raise InvalidError(why, where=scheme + "_proxy", ends_run=True)
     return proxies
 
 
@@ -1713,30 +1697,34 @@ def fault_words(error):
         return "the answer's headers are too large"
     if isinstance(error, OSError):
         return reason(error)
-    return "the answer is not HTTP"  # an HTTPException or ValueError of http.client's, which may quote anything
+    return "the answer is not HTTP"  # http.client's HTTPException or ValueError, which may quote anything
 
 
 class Client:
     """Sends events. A client is for one thread at a time; close() ends its connection.
 
-    api_key: the key, sent to base_url's origin alone. timeout: seconds of one attempt. retries: further tries after
-    the first. backoff_initial, backoff_max: seconds between tries, before jitter (0 to 1). gzip: compress bodies.
-    watch: the Watch that bounds its waits. random: a function like random.random. trace: takes lines on what happens.
+    api_key: the key, sent to base_url's origin alone. timeout: seconds of one attempt. retries: further tries
+    after the first. backoff_initial, backoff_max: seconds between tries, before jitter (0 to 1). gzip:
+    compress bodies. watch: the Watch that bounds its waits. random: a function like random.random. trace:
+    takes lines on what happens.
     """
 
-    def __init__(self, api_key, base_url=DEFAULT_BASE_URL, timeout=15.0, retries=3, backoff_initial=0.1,
-                 backoff_max=2.0, jitter=0.2, user_agent=DEFAULT_USER_AGENT, gzip=False, health_path="/api/health",
+    def __init__(self, api_key, base_url=BASE_URL, timeout=15.0, retries=3, backoff_initial=0.1,
+                 backoff_max=2.0, jitter=0.2, user_agent=USER_AGENT, gzip=False, health_path="/api/health",
                  watch=None, random=None, trace=None):
-        for name, value, parse in (("api_key", api_key, parse_header), ("user_agent", user_agent, parse_header),
-                                   ("base_url", base_url, parse_base_url)):
-            try:
-                self.base_url = parse(value)
-            except ValueError as error:
-                raise InvalidError(str(error), where=name)
+        try:
+            name = "api_key"
+            parse_header(api_key)
+            name = "user_agent"
+            parse_header(user_agent)
+            name = "base_url"
+            self.base_url = parse_base_url(base_url)
+        except ValueError as error:
+            raise InvalidError(str(error), where=name)
         self.watch, self.retries = watch or Watch(), 0
         self._key, self._timeout, self._tries, self._gzip = api_key, timeout, retries + 1, gzip
-        self._backoff, self._user_agent, self._health_path = (
-            (backoff_initial, backoff_max, jitter), user_agent, parse_path(health_path))
+        self._backoff, self._user_agent = (backoff_initial, backoff_max, jitter), user_agent
+        self._health_path = parse_path(health_path)
         self._random, self._trace, self._requests = random, trace, {}
         self._connection = KeptConnection(self.watch)
 
@@ -1755,9 +1743,10 @@ class Client:
         self.send(dump_json(complete_event(event, {}, utc_timestamp(time.time()))), idempotency_key)
 
     def ingest_batch(self, events, idempotency_key=None):
-        """Deliver a list of events as one request. Raises PackTrackError's subclasses; then none of them counts."""
+        """Deliver a list of events as one request. Raises PackTrackError's subclasses; then none counts."""
         now = utc_timestamp(time.time())
-        self.send(json_array([dump_json(complete_event(event, {}, now)) for event in events]), idempotency_key)
+        records = [dump_json(complete_event(event, {}, now)) for event in events]
+        self.send(json_array(records), idempotency_key)
 
     def health_check(self):
         """Ask the service's health, once. Raises PackTrackError's subclasses unless it is healthy."""
@@ -1771,7 +1760,8 @@ class Client:
     def send(self, body, idempotency_key=None):
         """Deliver a body, the bytes of an event's or an array's JSON, with tries and waits.
 
-        idempotency_key: a header's value; "auto" is the body's SHA-256. Raises RefusedError, RetriesExhaustedError.
+        idempotency_key: a header's value; "auto" is the body's SHA-256. Raises RefusedError,
+        RetriesExhaustedError.
         """
         headers = {"Content-Type": "application/json"}
         if idempotency_key:
@@ -1780,7 +1770,7 @@ class Client:
             import zlib
 
             headers["Content-Encoding"] = "gzip"
-            packer = zlib.compressobj(6, zlib.DEFLATED, 31)  # 31: in gzip's format, whose date zlib leaves at zero
+            packer = zlib.compressobj(6, zlib.DEFLATED, 31)  # 31: as gzip, whose date zlib leaves at zero
             body = packer.compress(body) + packer.flush()
         number = 0
         while True:
@@ -1807,26 +1797,28 @@ class Client:
     def _wait(self, number, fault, status, at_least):
         """Wait before another try, or raise RetriesExhaustedError where there is none."""
         if number >= self._tries:
-            raise RetriesExhaustedError("{} ({})".format(fault, "1 try" if number == 1 else "%d tries" % number),
-                                        status=status)
+            tries = "1 try" if number == 1 else "{} tries".format(number)
+            raise RetriesExhaustedError("{} ({})".format(fault, tries), status=status)
         if self._random is None:
             from random import random
 
             self._random = random
         delay, left = backoff_delay(number, *self._backoff, random=self._random), self.watch.left()
-        asked = "" if at_least is None else "; it asks to wait {:.0f} s".format(at_least)
-        if at_least is not None and at_least > LONGEST_RETRY_AFTER:
-            raise RetriesExhaustedError("{}{}, more than {:.0f} s".format(fault, asked, LONGEST_RETRY_AFTER), status=status)
-        delay = max(delay, at_least or 0.0)
+        if at_least is not None:
+            fault += "; it asks to wait {:.0f} s".format(at_least)
+            if at_least > LONGEST_RETRY_AFTER:
+                raise RetriesExhaustedError("{}, more than {:.0f} s".format(fault, LONGEST_RETRY_AFTER),
+                                            status=status)
+            delay = max(delay, at_least)
         if left is not None and delay >= left:
-            raise RetriesExhaustedError("{}{}; the run's deadline comes first".format(fault, asked), status=status)
+            raise RetriesExhaustedError(fault + "; the run's deadline comes first", status=status)
         if self._trace is not None:
             self._trace("waiting {:.3f} s".format(delay))
         self.watch.sleep(delay)
         self.retries += 1
 
     def _attempt(self, method, path, body, headers):
-        """Return the response to one request and, for an error, its body. Raises RefusedError and _no_answer()'s."""
+        """Return the response to one request and an error's body. Raises RefusedError and _no_answer()'s."""
         self._connection.until = self.watch.now() + self.watch.left(self._timeout)
         headers = dict(headers, **{"X-PackTrack-Key": self._key, "User-Agent": self._user_agent})
         try:
@@ -1845,7 +1837,7 @@ class Client:
                 self._trace("the answer's body broke off: {}".format(self._fault(error)))
         except Interrupted:  # as it does here; whoever waits next is interrupted
             self._connection.close()
-        if not (ok and response.isclosed() and not response.will_close):  # read to its end, and kept by the server
+        if not (ok and response.isclosed() and not response.will_close):  # not read to its end, or not kept
             self._connection.close()
         return response, b"" if ok else words
 
@@ -1874,16 +1866,15 @@ class Client:
         return self._clean("{} ({})".format(fault_words(error), self.base_url.split("/")[2]))
 
     def _clean(self, text):
-        """Return words of the server on one line of at most 200 characters, the key cut out before the cut."""
+        """Return the server's words on one line of at most 200 characters, the key cut out before that."""
         text = " ".join("".join(c if c.isprintable() else " " for c in redact(text, [self._key])).split())
         return printable(redact(text, [self._key]))
 
     def _answer_words(self, response, body):
-        status, words = self._clean(status_words(response)), self._clean(body.decode("utf-8", "replace")) if body else ""
+        status, words = self._clean(status_words(response)), self._clean(body.decode("utf-8", "replace"))
         return '{}: "{}"'.format(status, words) if words else status
 
     def _refusal(self, response, body):
-        """Return the RefusedError of a final answer."""
         words, location = self._answer_words(response, body), response.getheader("Location")
         if 300 <= response.status <= 399:
             words = self._clean(status_words(response)) + " is not followed"
@@ -1902,9 +1893,9 @@ class Client:
 
 def sha256(body):
     """Return the SHA-256 of bytes, in hexadecimal."""
-    from hashlib import sha256 as digest
+    import hashlib
 
-    return digest(body).hexdigest()
+    return hashlib.sha256(body).hexdigest()
 
 
 def json_array(records):
@@ -1930,18 +1921,14 @@ class Batch:
     def __init__(self, records, numbers):
         self.records, self.numbers = records, numbers
 
-    def halves(self):
-        """Return it as two Batches."""
-        half = len(self.records) // 2
-        return [Batch(self.records[:half], self.numbers[:half]), Batch(self.records[half:], self.numbers[half:])]
-
     def __str__(self):
-        return describe_range(self.numbers[0], self.numbers[-1], "record ", "records ")
+        words = describe_range(self.numbers[0], self.numbers[-1])
+        return ("records " if "-" in words else "record ") + words
 
 
-def describe_range(first, last, one="", many=""):
+def describe_range(first, last):
     """Return the words for the numbers from first to last."""
-    return one + str(first) if first == last else "{}{}-{}".format(many, first, last)
+    return str(first) if first == last else "{}-{}".format(first, last)
 
 
 class Batcher:
@@ -1955,21 +1942,19 @@ class Batcher:
         return len(self._records) - self._start
 
     def add(self, records):
-        """Append a list of records."""
         self._records += records
         self.bytes += sum(map(len, records))
 
     def skip(self):
-        """Count a record that is not to be sent."""
         self._gaps.append(self._next + len(self) + len(self._gaps))
 
     def take(self, all_of_it):
-        """Return the next full Batch, or with all_of_it also one that is not full; None where there is none."""
+        """Return the next full Batch, with all_of_it also one that is not full; None where there is none."""
         records = self._records[self._start:self._start + self._size]
         size = sum(map(len, records))
         if size + len(records) + 1 > self._limit:
-            size, count = 0, 0
-            while count < len(records) and (not count or size + len(records[count]) + count + 2 <= self._limit):
+            size, count = len(records[0]), 1
+            while count < len(records) and size + len(records[count]) + count + 2 <= self._limit:
                 size, count = size + len(records[count]), count + 1
             records = records[:count]
         elif not records or len(records) < self._size and not all_of_it:
@@ -2027,7 +2012,7 @@ class Appender:
                 if locked:
                     lock_file(self._descriptor, undo=True)
         except (OSError, ValueError) as error:
-            raise InputError("cannot be written: " + reason(error), where=self.name)
+            raise InputError("cannot be written: " + reason(error), where=self.name, ends_run=True)
 
     def close(self):
         if self._descriptor not in (None, 1):
@@ -2036,7 +2021,7 @@ class Appender:
 
 
 def lock_file(descriptor, undo=False):
-    """Lock a regular file against our other processes; return whether it is locked. Waits 10 s at the most."""
+    """Lock a regular file against our other processes; return whether it is locked. Waits at most 10 s."""
     import stat
 
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -2063,15 +2048,15 @@ def lock_file(descriptor, undo=False):
 
 
 def json_lines(records):
-    """Return records as NDJSON; those that span lines have their line breaks, all between tokens, made blanks."""
+    """Return records as NDJSON; line breaks in them, which are all between tokens, are made blanks."""
     return b"".join(record.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n" for record in records)
 
 
 class HttpSink:
     """Where batches go: to the service.
 
-    single: the body is one object. total: how many records the run has in all; None where it streams. probe: whether
-    to ask the service's health before the first batch.
+    single: the body is one object. total: how many records the run has in all; None where it streams. probe:
+    whether to ask the service's health before the first batch.
     """
 
     def __init__(self, client, idempotency_key, trace, probe):
@@ -2097,7 +2082,6 @@ class HttpSink:
         self.client.send(body, key)
 
     def abort(self):
-        """End what waits; may be called from another thread."""
         self.client.abort()
 
     def close(self):
@@ -2113,12 +2097,8 @@ class FileSink:
         self._appender = appender
 
     def put(self, batch):
-        """Append a Batch. Raises InputError, after which the rest would fail alike."""
-        try:
-            self._appender.append(json_lines(batch.records))
-        except InputError as error:
-            error.ends_run = True
-            raise
+        """Append a Batch. Raises InputError."""
+        self._appender.append(json_lines(batch.records))
 
     def abort(self):
         """Nothing here waits for long."""
@@ -2130,10 +2110,10 @@ class FileSink:
 class Delivery:
     """Hands batches to a sink and accounts for each record: read = delivered + undelivered + invalid.
 
-    keep_going: whether a batch that fails leaves the others be. undelivered: an Appender, or None. warn, tick: are
-    told of each failure that does not end the run, and of each step. errors: {exit code: the first error}. ended:
-    the error that ended the run, or None. ranges: the numbers of what was not delivered. unkept: how many of those
-    the Appender could not take.
+    keep_going: whether a batch that fails leaves the others be. undelivered: an Appender, or None. warn,
+    tick: are told of each failure that does not end the run, and of each step. errors: {exit code: the first
+    error}. ended: the error that ended the run, or None. ranges: the numbers of what was not delivered.
+    unkept: how many of those the Appender could not take.
     """
 
     def __init__(self, sink, keep_going=False, undelivered=None, warn=None, tick=None):
@@ -2148,7 +2128,7 @@ class Delivery:
         return next((self.errors[code] for code in PRECEDENCE if code in self.errors), None)
 
     def send(self, batch):
-        """Deliver a Batch, in halves where the server finds it too large, and account for it; nothing is raised."""
+        """Deliver a Batch, in halves if the server finds it too large, and account for it. Raises nothing."""
         parts = [batch]
         while parts:
             part = parts.pop(0)
@@ -2156,7 +2136,9 @@ class Delivery:
             if error is None:
                 self.delivered += len(part.records)
             elif error.status == 413 and len(part.records) > 1 and error is not self.ended:
-                parts[:0] = part.halves()
+                half = len(part.records) // 2
+                parts[:0] = [Batch(part.records[cut], part.numbers[cut])
+                             for cut in (slice(0, half), slice(half, None))]
             else:
                 if error is not self.ended:
                     error.where = error.where or (str(part) if self.read > 1 else None)
@@ -2184,7 +2166,7 @@ class Delivery:
         self.ended = self.ended or PackTrackError("stopped", kind="interrupted")
 
     def note(self, error, ends=False):
-        """Note an error, and whether it ends the run: then nothing more is sent."""
+        """Note an error; ends: whether nothing more is to be sent."""
         if self.keep_going or not self.ended:
             self.errors.setdefault(error.exit_code, error)
         if ends:
@@ -2193,12 +2175,10 @@ class Delivery:
             self._warn(str(error))
 
     def refuse(self, error, ends=False):
-        """Count an invalid record, and note why."""
         self.invalid += 1
         self.note(error, ends)
 
     def keep(self, data, count=0):
-        """Keep the bytes of some records, if there is a place for them."""
         if self.undelivered_file is not None:
             try:
                 self.undelivered_file.append(data)
@@ -2208,10 +2188,11 @@ class Delivery:
 
     def lose_rest(self):
         """Count as undelivered what was read and is otherwise not accounted for."""
-        first = self.delivered + self.undelivered + self.invalid + 1
-        if first <= self.read:
-            self.undelivered += self.read - first + 1
-            self._add_range(first, self.read)
+        first = self.delivered + self.undelivered + 1
+        rest = self.read - self.invalid - first + 1
+        if rest > 0:
+            self.undelivered += rest
+            self._add_range(first, first + rest - 1)
 
     def _add_range(self, first, last):
         if self.ranges and self.ranges[-1][1] == first - 1:
@@ -2220,7 +2201,6 @@ class Delivery:
             self.ranges.append([first, last])
 
     def close(self):
-        """Close what it writes to."""
         for place in (self.sink, self.undelivered_file):
             if place is not None:
                 place.close()
@@ -2229,13 +2209,13 @@ class Delivery:
 class AsyncClient:
     """Queues events and delivers them from a thread of its own, in batches.
 
-    client: a Client, from then on this thread's. flush_interval: the seconds after which a batch goes out that is
-    not full. queue_capacity: the most events that wait. deliver: takes a Batch; by default it is sent, and the first
-    error is raised by the next flush() or close().
+    client: a Client, from then on this thread's. flush_interval: the seconds after which a batch goes out
+    that is not full. queue_capacity: the most events that wait. deliver: takes a Batch; by default it is
+    sent, and the first error is raised by the next flush() or close().
     """
 
-    def __init__(self, client, batch_size=100, flush_interval=1.0, queue_capacity=10000, max_batch_bytes=1000000,
-                 deliver=None):
+    def __init__(self, client, batch_size=100, flush_interval=1.0, queue_capacity=10000,
+                 max_batch_bytes=1000000, deliver=None):
         import threading
 
         self._client, self._interval, self._capacity = client, flush_interval, queue_capacity
@@ -2248,8 +2228,8 @@ class AsyncClient:
     def enqueue(self, event, block=False, timeout=None):
         """Queue an event (a dict; a missing timestamp is now).
 
-        A full queue raises RetriesExhaustedError of the kind "queue_full", with block only after timeout seconds
-        (None: never). Raises InvalidError for an event that is not valid.
+        A full queue raises RetriesExhaustedError of the kind "queue_full", with block only after timeout
+        seconds (None: never). Raises InvalidError for an event that is not valid.
         """
         record = dump_json(complete_event(event, {}, utc_timestamp(time.time())))
         end = None if timeout is None else time.monotonic() + timeout
@@ -2260,9 +2240,10 @@ class AsyncClient:
             self.wait_for_room(left)
 
     def offer(self, records, skipped=False, force=False):
-        """Queue as many of the records (bytes of complete events) as there is room for; return how many that is.
+        """Queue as many of the records (bytes of complete events) as there is room for; return how many.
 
-        skipped: a record that is not to be sent follows, and counts once all the others are queued. force: queue all.
+        skipped: a record that is not to be sent follows, and counts once all the others are queued. force:
+        queue all.
         """
         with self._changed:
             if self._closing:
@@ -2284,7 +2265,7 @@ class AsyncClient:
                                    self._batcher.bytes <= QUEUE_BYTES // 2, seconds)
 
     def flush(self, timeout=None):
-        """Deliver all that is queued; return whether that was done within timeout seconds. Raises the first error."""
+        """Deliver all that is queued; return whether timeout seconds sufficed. Raises the first error."""
         with self._changed:
             self._flushing = True
             self._changed.notify_all()
@@ -2296,7 +2277,7 @@ class AsyncClient:
         return done
 
     def close(self, timeout=None):
-        """Deliver all that is queued and end the thread; return whether that was done within timeout seconds."""
+        """Deliver all that is queued and end the thread; return whether timeout seconds sufficed for that."""
         try:
             return self.flush(timeout)
         finally:
@@ -2330,7 +2311,8 @@ class AsyncClient:
                 self._changed.notify_all()
                 batch = self._take()
                 while batch is None and not self._closing:
-                    self._changed.wait(self._oldest and max(0.0, self._oldest + self._interval - time.monotonic()))
+                    due = self._oldest and self._oldest + self._interval - time.monotonic()
+                    self._changed.wait(due and max(0.0, due))
                     batch = self._take()
                 if batch is None:
                     return
@@ -2338,7 +2320,6 @@ class AsyncClient:
             self._deliver(batch)
 
     def _take(self):
-        """Return a Batch if one is due."""
         late = self._oldest is not None and time.monotonic() - self._oldest >= self._interval
         full = self._batcher.bytes >= QUEUE_BYTES
         batch = self._batcher.take(self._flushing or self._closing or late or full)
@@ -2348,8 +2329,8 @@ class AsyncClient:
 
 
 def deliver_kept(scanner, replay, delivery, batcher, watch):
-    """Validate all that a file or pipe holds, then deliver it: nothing is sent if a record is refused at the door."""
-    # What came through a pipe is nobody else's: with --undelivered it is read to its end and kept, whatever it holds.
+    """Validate all that a file or pipe holds, then deliver it: one refused record, and nothing is sent."""
+    # What came through a pipe is nobody else's: --undelivered has it read to its end and kept.
     keeps = delivery.undelivered_file is not None
     keep_all, blocks = keeps and not replay.source.is_file, []
     try:
@@ -2391,11 +2372,12 @@ def deliver_kept(scanner, replay, delivery, batcher, watch):
 def deliver_block(block, replay, scanner, delivery, batcher, watch):
     """Read a noted Block again, and deliver it. Raises InputError where it was changed."""
     if block.broken:
-        start = block.start
-        for part in iter(lambda: replay.again(start, BLOCK), b""):
-            delivery.keep(part)
+        start, part = block.start, None
+        while part != b"":
+            part = replay.again(start, BLOCK)
+            delivery.keep(part or b"\n")
             start += len(part)
-        return delivery.keep(b"\n")
+        return
     records, errors = block.read_again(replay, scanner)
     position = 0
     for index in sorted(errors):
@@ -2468,7 +2450,7 @@ TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND = 124, 126, 127
 
 
 class Ending:
-    """How a command (a list) ended. exit_code: what our own is then. fault: why it could not be started, or None."""
+    """How a command (a list) ended. exit_code: what ours is then. fault: why it did not start, or None."""
 
     def __init__(self, command):
         self.name = display(os.path.basename(command[0]) or command[0], "-")
@@ -2480,7 +2462,6 @@ class Ending:
         return None if timeout is None else max(0.0, self._started + timeout - time.monotonic())
 
     def not_started(self, error):
-        """Note the error that kept the command from starting."""
         self.exit_code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
         self.fault = "could not be run: " + reason(error)
 
@@ -2501,8 +2482,8 @@ class Ending:
         status = "timeout" if self.timed_out else "failed" if self.exit_code else "ok"
         how = self.fault or ("timed out" if self.timed_out else "was ended by " + self.signal if self.signal
                              else "exited with {}".format(self.exit_code))
-        metadata = {"command": self.name, "duration_ms": int(self._seconds * 1000), "started_at": self.started_at,
-                    "host": socket.gethostname()}
+        metadata = {"command": self.name, "duration_ms": int(self._seconds * 1000),
+                    "started_at": self.started_at, "host": socket.gethostname()}
         metadata.update({"signal": self.signal} if self.signal else {"exit_code": self.exit_code})
         return {"severity": "info" if status == "ok" else "error", "status": status, "metadata": metadata,
                 "message": "{} {} after {:.1f}s".format(self.name, how, self._seconds)}
@@ -2511,8 +2492,8 @@ class Ending:
 def run_command(command, timeout):
     """Run a command (a list) with our own streams and descriptors; return its Ending.
 
-    timeout: the seconds after which it is sent TERM, and KILL 5 s later; or None. INT, TERM, HUP and QUIT that were
-    sent to us are passed on.
+    timeout: the seconds after which it is sent TERM, and KILL 5 s later; or None. INT, TERM, HUP and QUIT
+    that were sent to us are passed on.
     """
     import signal
 
@@ -2520,7 +2501,7 @@ def run_command(command, timeout):
     if os.name == "nt":
         return run_on_windows(command, timeout, ending)
     passed_on = {number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-                 if signal.getsignal(number) != signal.SIG_IGN}  # what is ignored on entry, as by nohup, stays so
+                 if signal.getsignal(number) != signal.SIG_IGN}  # what nohup, say, has us ignore stays so
     numbers = passed_on | {signal.SIGCHLD, signal.SIGALRM}
     on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Blocked before the command starts and taken one by one: none is lost in between, none interrupts us.
@@ -2540,16 +2521,27 @@ def run_command(command, timeout):
                 process.send_signal(signal.SIGKILL if ending.timed_out else signal.SIGTERM)
                 process.send_signal(signal.SIGCONT)  # a stopped process would not hear of TERM
                 timeout, ending.timed_out = None if ending.timed_out else timeout + KILL_AFTER, True
-            elif number in passed_on and not from_terminal:
+            elif number in passed_on and not (from_terminal and shares_terminal(process.pid, number)):
                 process.send_signal(number)
         ending.ended(process.returncode)
     except (OSError, ValueError) as error:
         ending.not_started(error)
     finally:
+        for number in passed_on:  # what came for the command, or comes late, is not to end the delivery
+            signal.signal(number, lambda *_: None)
         while next_signal(numbers, 0)[0] is not None:
-            pass  # what came for the command is not for the delivery
+            pass
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return ending
+
+
+def shares_terminal(pid, number):
+    """Tell whether a signal that the terminal sent to us reached the process pid too."""
+    import signal
+
+    # A terminal that goes away tells the session's leader alone; else it tells the whole group in the foreground.
+    to_leader = number == signal.SIGHUP and os.getsid(0) == os.getpid()
+    return os.getpgid(pid) == os.getpgrp() and not to_leader
 
 
 def start_process(command, prepare):
@@ -2568,13 +2560,14 @@ def start_process(command, prepare):
 
 
 def next_signal(numbers, seconds):
-    """Return the next of the blocked signals and whether the terminal sent it to the whole group, or (None, False)."""
+    """Return the next of the blocked signals, and whether a terminal sent it to all; or (None, False)."""
     import signal
 
     if hasattr(signal, "sigtimedwait"):
         info = signal.sigwaitinfo(numbers) if seconds is None else signal.sigtimedwait(numbers, seconds)
-        return (None, False) if info is None else (info.si_signo, info.si_code > 0)  # SI_USER and its like are not
-    # macOS tells no sender and takes no time: an alarm ends the wait, and the terminal's own group tells the sender.
+        # SI_USER and its like are not positive.
+        return (None, False) if info is None else (info.si_signo, info.si_code > 0)
+    # macOS tells no sender and takes no time: an alarm ends the wait, the terminal's group tells the sender.
     if seconds is not None:
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
     number = signal.sigwait(numbers)
@@ -2628,27 +2621,23 @@ class Reporter:
         self.hide(environ.get("PACKTRACK_API_KEY"))
 
     def hide(self, secret):
-        """Cut a secret out of all that is written from now on; one that is very short would be found in any text."""
+        """Cut a secret out of all that is written from now on; but one so short that any text holds it."""
         if secret and len(secret) >= SHORTEST_SECRET:
             self._secrets.append(secret)
 
     def configure(self, settings):
-        """Take what the settings say of output."""
         self.verbose = settings["verbose"]
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._progress = self._terminal if settings["progress"] is None else settings["progress"]
 
     def out(self, text):
-        """Write to standard output."""
         self._write(sys.stdout, text)
 
     def say(self, text):
-        """Write a line to standard error."""
         line, self._line_open = "\r\x1b[K" if self._line_open else "", False
         self._write(sys.stderr, "{}{}: {}\n".format(line, PROGRAM, text))
 
     def trace(self, text):
-        """Tell what happens, under --verbose."""
         if self.verbose:
             self.say(text)
 
@@ -2661,18 +2650,21 @@ class Reporter:
     def progress(self):
         """Show how far the delivery is, from the second second on."""
         now, delivery = time.monotonic(), self.delivery
-        if not self._progress or now - self._started < 1 or now - self._shown < (0.2 if self._terminal else 1):
+        seconds, pause = now - self._started, 0.2 if self._terminal else 1
+        if not self._progress or seconds < 1 or now - self._shown < pause:
             return
         self._shown, words = now, "{} records read".format(delivery.read)
         if delivery.delivered:
-            words += ", {} delivered, {:.0f}/s".format(delivery.delivered, delivery.delivered / (now - self._started))
+            words += ", {} delivered, {:.0f}/s".format(delivery.delivered, delivery.delivered / seconds)
         if delivery.sink is not None and delivery.sink.total:
-            words += ", {:.0f} %".format(100.0 * (delivery.delivered + delivery.undelivered) / delivery.sink.total)
-        self._write(sys.stderr, "\r{}\x1b[K".format(words) if self._terminal else "{}: {}\n".format(PROGRAM, words))
+            done = delivery.delivered + delivery.undelivered
+            words += ", {:.0f} %".format(100.0 * done / delivery.sink.total)
+        line = "\r{0}\x1b[K" if self._terminal else "{1}: {0}\n"
+        self._write(sys.stderr, line.format(words, PROGRAM))
         self._line_open = self._terminal
 
     def finish(self, error, signal):
-        """Tell how the run ended. error: a PackTrackError or None. signal: its number or None. Return error and code."""
+        """Tell how the run ended; return the error and exit code. signal: a number or None."""
         if signal:
             error = PackTrackError("stopped by signal {}".format(signal), kind="interrupted")
         if error is not None:
@@ -2682,8 +2674,8 @@ class Reporter:
         return error, 128 + signal if signal else 0 if error is None else error.exit_code
 
     def summarise(self, error, code):
-        """Write the line of --json."""
-        client, summary = getattr(self.delivery and self.delivery.sink, "client", None), {"ok": code == 0, "exit_code": code}
+        client = getattr(self.delivery and self.delivery.sink, "client", None)
+        summary = {"ok": code == 0, "exit_code": code}
         for name in ("read", "delivered", "undelivered", "invalid"):
             summary[name] = getattr(self.delivery, name, 0)
         for name in ("requests", "retries", "bytes_sent"):
@@ -2699,7 +2691,7 @@ class Reporter:
             descriptor = stream.fileno()
             while data:
                 data = data[os.write(descriptor, data):]
-        except (OSError, ValueError, AttributeError):  # closed or full; AttributeError: None, closed from the start
+        except (OSError, ValueError, AttributeError):  # closed or full; None, if closed from the start
             pass
 
 
@@ -2707,18 +2699,18 @@ def accounting(delivery):
     """Return the end of the failure line: what was delivered and what was not."""
     if delivery.read < 2:
         return "; it could not be kept: " + delivery.unkept_why if delivery.unkept else ""
+    words = "; {} of {} records delivered".format(delivery.delivered, delivery.read)
     if not delivery.delivered and not delivery.ranges:
         words = "; nothing was sent"
-    else:
-        words = "; {} of {} records delivered".format(delivery.delivered, delivery.read)
     if delivery.undelivered:
         ranges = ", ".join(describe_range(*pair) for pair in delivery.ranges[:10])
-        words += ", {} not: records {}{}".format(
-            delivery.undelivered, ranges, " and more" if len(delivery.ranges) > 10 else "")
+        words += ", {} not: records {}".format(delivery.undelivered, ranges)
+        words += " and more" if len(delivery.ranges) > 10 else ""
     if delivery.invalid:
         words += ", {} invalid".format(delivery.invalid)
-    return words + ("; {} could not be kept: {}".format(
-        delivery.unkept, delivery.unkept_why) if delivery.unkept else "")
+    if delivery.unkept:
+        words += "; {} could not be kept: {}".format(delivery.unkept, delivery.unkept_why)
+    return words
 
 
 def internal_error(error):
@@ -2757,7 +2749,8 @@ def read_key(settings, watch, reporter):
         except InputError as error:
             raise InvalidError(str(error), where=name)
         except ValueError:
-            raise InvalidError("the file's first line must be the key, in visible ASCII (it is not shown)", where=name)
+            why = "the file's first line must be the key, in visible ASCII (it is not shown)"
+            raise InvalidError(why, where=name)
         if source.is_file and os.name != "nt" and source.mode & 0o077:
             reporter.trace("{}: others may read the file; chmod 600 would keep it yours".format(name))
     if not key:
@@ -2780,20 +2773,22 @@ def make_delivery(settings, watch, reporter):
     undelivered = sink = None
     if not settings["dry-run"]:
         undelivered = open_appender(settings, "undelivered", 0o600, InvalidError)
-        sink = FileSink(open_appender(settings, "output", 0o666, InputError)) if settings["output"] else HttpSink(
-            make_client(settings, watch, reporter), settings["idempotency-key"],
-            reporter.trace if reporter.verbose else None, settings["health-enable"])
+        if settings["output"]:
+            sink = FileSink(open_appender(settings, "output", 0o666, InputError))
+        else:
+            sink = HttpSink(make_client(settings, watch, reporter), settings["idempotency-key"],
+                            reporter.trace if reporter.verbose else None, settings["health-enable"])
     reporter.delivery = Delivery(sink, settings["keep-going"], undelivered, reporter.warn, reporter.progress)
     return reporter.delivery
 
 
 def event_from_flags(settings, event):
-    """Return the record of an event that the event options complete. Raises InvalidError that names the flags."""
-    missing = [option.flag for option in EVENT_OPTIONS
-               if ".".join(option.field) in REQUIRED and not settings[option.name] and option.field[0] not in event]
+    """Return the record of an event that the event options complete. Raises InvalidError that names flags."""
+    missing = [option.flag for option in OPTIONS if option.field in REQUIRED
+               and not settings[option.name] and option.field.split(".")[0] not in event]
     if missing:
-        raise InvalidError("missing {}: give {} or the variable".format(
-            ", ".join(missing), "the flag" if len(missing) == 1 else "the flags"))
+        flags = "the flag" if len(missing) == 1 else "the flags"
+        raise InvalidError("missing {}: give {} or the variable".format(", ".join(missing), flags))
     return dump_json(complete_event(event, event_defaults(settings), utc_timestamp(time.time())))
 
 
@@ -2809,19 +2804,20 @@ def deliver_input(settings, watch, delivery):
     """Deliver what a file or standard input holds."""
     source = Source("-" if settings["stdin"] else settings["file"], watch)
     scanner = Scanner(source.name, settings["ndjson"], event_defaults(settings))
+    size, limit = settings["batch-size"], settings["max-batch-bytes"]
     if settings["async"] and delivery.sink is not None:
-        queue = AsyncClient(None, settings["batch-size"], settings["flush-interval"], settings["queue-capacity"],
-                            settings["max-batch-bytes"], deliver=delivery.send)
+        queue = AsyncClient(None, size, settings["flush-interval"], settings["queue-capacity"], limit,
+                            deliver=delivery.send)
         deliver_streamed(scanner, source, delivery, queue, watch, not settings["no-flush"])
         source.close()
     else:
         replay = Replay(source, keep=delivery.sink is not None)
-        deliver_kept(scanner, replay, delivery, Batcher(settings["batch-size"], settings["max-batch-bytes"]), watch)
+        deliver_kept(scanner, replay, delivery, Batcher(size, limit), watch)
         replay.close()
 
 
 def run(settings, watch, reporter):
-    """Do what the settings say. Return the error whose exit code stands, or None; raises PackTrackError too."""
+    """Do what the settings say; return the error whose exit code stands, or None. Raises PackTrackError."""
     if settings["health"]:
         return check_health(settings, watch, reporter)
     delivery = make_delivery(settings, watch, reporter)
@@ -2843,7 +2839,8 @@ def check_health(settings, watch, reporter):
         client.health_check()
         reporter.trace("the service is healthy")
     except PackTrackError as error:
-        raise InvalidError("the service is not healthy: {}".format(error), status=error.status, kind="unhealthy")
+        why = "the service is not healthy: {}".format(error)
+        raise InvalidError(why, status=error.status, kind="unhealthy")
     finally:
         client.close()
 
@@ -2868,7 +2865,7 @@ def guarded(watch, work, *arguments):
 
 
 def report_command(settings, reporter):
-    """Run the command of the settings and report how it ended; return the exit code, which is the command's own."""
+    """Run the command of the settings and report how it ended; return the exit code, the command's own."""
     trouble, settings["async"] = settings.trouble, None
     if trouble is None:
         try:
@@ -2882,7 +2879,8 @@ def report_command(settings, reporter):
         reporter.say("error: {} {}".format(ending.name, ending.fault))
     if trouble is None:
         watch, event = Watch(settings["deadline"] or COMMAND_DELIVERY), ending.event()
-        event.update({name: settings[name] for name in ("status", "severity", "message") if settings.from_flag(name)})
+        told = filter(settings.from_flag, ("status", "severity", "message"))
+        event.update({name: settings[name] for name in told})
 
         def deliver_ending():
             delivery = make_delivery(settings, watch, reporter)
@@ -2892,15 +2890,16 @@ def report_command(settings, reporter):
 
         trouble = guarded(watch, deliver_ending)
         if trouble is not None or watch.signals:
-            reporter.say("error: the command's end was not reported: {}".format(trouble or "stopped by a signal"))
+            why = trouble or "stopped by a signal"
+            reporter.say("error: the command's end was not reported: {}".format(why))
     return trouble.exit_code if settings["strict"] and trouble and not ending.exit_code else ending.exit_code
 
 
 def wants_json(argv, environ):
     """Tell whether a command line that was refused asked for --json."""
-    asked = [word for word in argv if word in ("--json", "--no-json")]
     if "--" in argv:
         return False
+    asked = [word for word in argv if word in ("--json", "--no-json")]
     return asked[-1] == "--json" if asked else environ.get("PACKTRACK_JSON", "").lower() in TRUE
 
 
@@ -2929,7 +2928,7 @@ def main(argv=None):
         error = refusal
     except KeyboardInterrupt:  # before there was anything to interrupt
         return 130
-    error, code = reporter.finish(error, watch.signal)
+    error, code = reporter.finish(error, watch.signals[0] if watch.signals else None)
     if settings["json"] if settings is not None else wants_json(argv, os.environ):
         reporter.summarise(error, code)
     return code

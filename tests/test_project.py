@@ -92,12 +92,13 @@ def test_the_licence_is_the_apache_licence_whole():
 
 def test_the_version_stands_in_one_place():
     version = packtrack_logger.VERSION
-    holders = {
-        path.name
-        for path in text_files()
-        if re.search(r"(?<![\d.])%s(?![\d.])" % re.escape(version), path.read_text(encoding="utf-8"))
-        if path.parent.name != "tests"
-    }
+    holders = set()
+    for path in text_files():
+        text = path.read_text(encoding="utf-8")
+        for table in packtrack_logger.readme_tables().values():
+            text = text.replace(table, "")
+        if path.parent.name != "tests" and re.search(r"(?<![\d.])%s(?![\d.])" % re.escape(version), text):
+            holders.add(path.name)
     assert holders == {"packtrack_logger.py", "CHANGELOG.md"}
     assert MODULE.read_text(encoding="utf-8").count(version) == 1
 

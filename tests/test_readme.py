@@ -394,12 +394,13 @@ def test_the_commands_of_a_unit_run_as_written(block, machine_for):
     for line in lines:
         key, _, value = line.partition("=")
         if key in ("ExecStart", "ExecStartPre", "ExecStartPost", "ExecStopPost"):
+            # systemd.service(5): ${NAME} is filled in anywhere, $NAME only as a word of its own.
             words = [
                 re.sub(
-                    r"\$\{(\w+)\}|\$(\w+)", lambda match: env.get(match.group(1) or match.group(2), ""), word
-                ).replace("$$", "$")
-                if not word.startswith("$$")
-                else word[1:]
+                    r"\$\$|\$\{(\w+)\}|^\$(\w+)$",
+                    lambda match: {"$": "$", **env}.get(match.group().strip("${}") or "$", ""),
+                    word,
+                )
                 for word in shlex.split(fill(value).lstrip("-@:+!"))
             ]
             runs.append(machine.call(words, env=env, cwd=machine.root))
