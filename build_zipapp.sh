@@ -92,23 +92,30 @@ cp "$here/packtrack_logger.py" "$here/LICENSE" "$work/archive/"
 
 # Runs on every Python that there is: the syntax is that of 2.7 and of 3.5 too.
 cat >"$work/archive/__main__.py" <<'PYTHON'
+import os
 import sys
 
 if sys.version_info < (3, 6):
     sys.exit("packtrack-logger: needs Python 3.6 or newer; this is %d.%d" % sys.version_info[:2])
 try:
-    # zipimport compiles a source module at every start; the folder has it compiled for this version.
-    sys.path.insert(0, "%s/%s" % (sys.path[0], sys.implementation.cache_tag))
+    from zipimport import zipimporter
+
+    # An import would compile the source at every start, on some versions twice: once for the file's name alone.
+    module = sys.modules["packtrack_logger"] = type(sys)("packtrack_logger")
     try:
-        from packtrack_logger import main
+        # The folder of this version has it compiled.
+        module.__file__ = os.path.join(sys.path[0], sys.implementation.cache_tag, "packtrack_logger.pyc")
+        code = zipimporter(os.path.dirname(module.__file__)).get_code("packtrack_logger")
     except ImportError:
-        # A pre-release shares the name of its final version but not the bytecode.
-        del sys.path[0]
-        from packtrack_logger import main
-    code = main(sys.argv[1:])
+        # Another version, or a pre-release, which shares the name of its final version but not the bytecode.
+        module.__file__ = os.path.join(sys.path[0], "packtrack_logger.py")
+        code = compile(__loader__.get_data(module.__file__), "packtrack_logger.py", "exec")
+    exec(code, module.__dict__)
+    code = module.main(sys.argv[1:])
 except KeyboardInterrupt:
     code = 130
-sys.exit(code)
+# All is written and closed: to take the interpreter apart would take longer than the work.
+os._exit(code)
 PYTHON
 
 # The same process state gives the same marshalled bytes: no site, a fixed hash seed, no inherited variables

@@ -86,7 +86,8 @@ def origin(python, archive, *python_flags):
             *python_flags,
             "-c",
             (
-                "import runpy, sys\n"
+                "import os, runpy, sys\n"
+                "os._exit = sys.exit\n"
                 "path = sys.argv[1]\n"
                 "sys.argv[:] = [path, '--version']\n"
                 "try:\n"

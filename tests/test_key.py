@@ -17,7 +17,7 @@ from conftest import KEY, MARK, event, events, flags, ndjson
 from standin import RESET_AFTER, SILENT, Raw, RefusedPort, StandIn
 
 full = pytest.mark.full
-LOUD = ("--verbose", "--json", "--timeout", "0.5s", "--retries", "1", "--backoff-initial", "1ms",
+LOUD = ("--verbose", "--json", "--timeout", "0.4s", "--retries", "1", "--backoff-initial", "1ms",
         "--backoff-max", "2ms", "--idempotency-key", "k", "--keep-going")
 WINDOW = 10  # so many characters of the key in a row are a leak
 

@@ -124,8 +124,8 @@ def test_the_version_is_told_and_sent(run, server):
 # ---- the module ------------------------------------------------------------------------------------------
 
 
-def test_the_module_has_at_most_2200_lines():
-    assert len(MODULE.read_text(encoding="utf-8").splitlines()) <= 2200
+def test_the_module_has_at_most_3000_lines():
+    assert len(MODULE.read_text(encoding="utf-8").splitlines()) <= 3000
 
 
 def test_the_module_is_in_the_syntax_of_3_6():

@@ -220,7 +220,7 @@ def test_nginx_that_closes_idle_connections_at_once_gets_each_event_once(nginx, 
 
 
 @needs_nginx
-@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("status", [503, pytest.param(429, marks=pytest.mark.full)])
 def test_nginx_limit_req_is_waited_out(status, nginx, run, batches):
     with StandIn() as server:
         front = nginx(server.port,
@@ -236,7 +236,7 @@ def test_nginx_limit_req_is_waited_out(status, nginx, run, batches):
 
 
 @needs_nginx
-@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("status", [503, pytest.param(429, marks=pytest.mark.full)])
 def test_nginx_limit_req_that_outlasts_the_tries(status, nginx, run, batches):
     with StandIn() as server:
         front = nginx(server.port,
