@@ -891,7 +891,7 @@ def utc_timestamp(seconds):
 
 # ---- Input: from streams to records; no network ------------------------------------------------------------
 
-# Read and validated at a time. Larger blocks are mapped anew by malloc each time, at a tenth of the whole cost.
+# Read and validated at a time. Larger blocks are mapped anew by malloc each time, a tenth of the whole cost.
 BLOCK = 1 << 16
 SPOOL_IN_MEMORY = 4 << 20
 BULKY = 1000
@@ -1446,9 +1446,12 @@ def look_up(host, port, left):
             found.append(error)
 
     # The resolver cannot be told a time limit, so it is left behind in a daemon thread when its time is up.
-    thread = start_thread(resolve_name)
-    while thread.is_alive():
-        thread.join(min(left(), PATIENCE))
+    try:
+        thread = start_thread(resolve_name)
+        while thread.is_alive():
+            thread.join(min(left(), PATIENCE))
+    except RuntimeError:  # no memory or no permission for a thread
+        resolve_name()
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
@@ -1683,6 +1686,16 @@ def check_proxies(proxies):
     return proxies
 
 
+def proxy_secrets(proxies):
+    """Return what an echo of the requests to these proxies must not show: passwords, plain and in base64."""
+    from base64 import b64encode
+    from urllib.parse import unquote
+
+    users = [proxy.split("://")[-1].rpartition("@")[0] for proxy in proxies.values()]
+    secrets = [b64encode(unquote(user).encode("utf-8")).decode("ascii") for user in users]
+    return [secret for secret in secrets + [unquote(user.partition(":")[2]) for user in users] if secret]
+
+
 def status_words(response):
     """Return the status of a response with its reason phrase, made printable."""
     return "HTTP {} {}".format(response.status, printable(response.reason or "")).rstrip()
@@ -1731,6 +1744,7 @@ class Client:
             raise InvalidError(str(error), where=name)
         self.watch, self.retries = watch or Watch(), 0
         self._key, self._timeout, self._tries, self._gzip = api_key, timeout, retries + 1, gzip
+        self._secrets = [api_key]
         self._backoff, self._user_agent = (backoff_initial, backoff_max, jitter), user_agent
         self._random, self._trace, self._requests = random, trace, {}
         self._connection = KeptConnection(self.watch)
@@ -1831,8 +1845,10 @@ class Client:
         try:
             with self.watch:
                 response = self._open(method, path, body, headers)
-        except BaseException:
+        except BaseException as error:
             self._connection.close()
+            if isinstance(error, RefusedError):  # it may quote a proxy
+                error.args = (self._clean(error.args[0]),)
             raise
         ok, words = 200 <= response.status <= 299, b""
         try:
@@ -1856,9 +1872,10 @@ class Client:
             return self._connection.http_open(request)
         from urllib.request import OpenerDirector, ProxyHandler, Request, getproxies
 
-        opener = OpenerDirector()
+        opener, proxies = OpenerDirector(), check_proxies(getproxies())
+        self._secrets += proxy_secrets(proxies)
         opener.add_handler(self._connection)
-        opener.add_handler(ProxyHandler(check_proxies(getproxies())))
+        opener.add_handler(ProxyHandler(proxies))
         request = self._requests[path] = Request(self.base_url + path, body, headers, method=method)
         return opener.open(request)
 
@@ -1873,9 +1890,14 @@ class Client:
         return self._clean("{} ({})".format(fault_words(error), self.base_url.split("/")[2]))
 
     def _clean(self, text):
-        """Return the server's words on one line of at most 200 characters, the key cut out before that."""
-        text = " ".join("".join(c if c.isprintable() else " " for c in redact(text, [self._key])).split())
-        return printable(redact(text, [self._key]))
+        """Return the server's words on one line of at most 200 characters, secrets cut out before that."""
+        text = redact(text, self._secrets)
+        for length in range(min(len(self._key), len(text)), 3, -1):  # where the reading ended amid the key
+            if text.endswith(self._key[:length]):
+                text = text[:-length]
+                break
+        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        return printable(redact(text, self._secrets))
 
     def _answer_words(self, response, body):
         status, words = self._clean(status_words(response)), self._clean(body.decode("utf-8", "replace"))
@@ -2057,8 +2079,10 @@ def lock_file(descriptor, undo=False):
 
 
 def json_lines(records):
-    """Return records as NDJSON; line breaks in them, which are all between tokens, are made blanks."""
-    return b"".join(record.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n" for record in records)
+    """Return records as NDJSON; line breaks within one, which are between its tokens, become blanks."""
+    return b"".join(
+        (record.replace(b"\r", b" ").replace(b"\n", b" ") if b"\n" in record else record) + b"\n"
+        for record in records)
 
 
 class HttpSink:
@@ -2625,11 +2649,13 @@ class Reporter:
     delivery: the Delivery that is reported of, or None.
     """
 
-    def __init__(self, environ):
+    def __init__(self, argv, environ):
         self.delivery, self.verbose, self._secrets, self._warnings = None, False, [], 0
         self._progress = self._terminal = self._line_open = False
         self._started = self._shown = time.monotonic()
         self.hide(environ.get("PACKTRACK_API_KEY"))
+        for word, value in zip(argv, argv[1:] + [""]):
+            self.hide(value if word == "--api-key" else word[10:] if word.startswith("--api-key=") else "")
 
     def hide(self, secret):
         """Cut a secret out of all that is written from now on; but one so short that any text holds it."""
@@ -2922,7 +2948,7 @@ def wants_json(argv, environ):
 def main(argv=None):
     """Run the program with the arguments argv (by default the process's own) and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    reporter, settings, watch = Reporter(os.environ), None, Watch()
+    reporter, settings, watch = Reporter(argv, os.environ), None, Watch()
     try:
         settings = resolve(argv, os.environ)
         if settings["help"] or settings["version"] or settings["completion"]:

@@ -74,7 +74,7 @@ class Authority(NamedTuple):
 
 @functools.lru_cache(maxsize=None)
 def authority() -> Authority:
-    """Make everything once per test session; skip the calling test where openssl is missing."""
+    """Make everything once per test run; skip the calling test where openssl is missing."""
     program = shutil.which("openssl")
     if program is None:
         pytest.skip("openssl is not installed")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, NamedTuple, Optional, Sequence
 
 import pytest
 
@@ -85,10 +85,6 @@ def quick(cases, *wanted):
     """The cases as parameters; all but those of the wanted ids are left to the full suite."""
     assert set(wanted) <= {case.id for case in cases}
     return [pytest.param(case, id=case.id, marks=() if case.id in wanted else full) for case in cases]
-
-
-def ids(case):
-    return str(case.id)
 
 
 def source(case, tmp_path):
