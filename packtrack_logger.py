@@ -1574,8 +1574,8 @@ class KeptConnection:
         host, port = split_host(request.host, "443" if request.type == "https" and not tunnel else "80")
         addresses, fault = look_up(host.strip("[]"), int(port), self._left), None
         for index, (family, kind, protocol, _, address) in enumerate(addresses):
-            self._socket = TimedSocket(socket.socket(family, kind, protocol), self._left)
             try:
+                self._socket = TimedSocket(socket.socket(family, kind, protocol), self._left)
                 self._socket.sock.settimeout(self._left() / (len(addresses) - index))
                 self._socket.sock.connect(address)
                 self._socket.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2401,7 +2401,8 @@ def deliver_kept(scanner, replay, delivery, batcher, watch):
             deliver_block(block, replay, scanner, delivery, batcher, watch)
         except InputError as error:
             delivery.note(error, ends=True)
-            delivery.unkept, delivery.unkept_why = delivery.unkept + block.count, str(error)
+            if keeps:
+                delivery.unkept, delivery.unkept_why = delivery.unkept + block.count, str(error)
     send_batches(batcher, True, delivery, watch)
 
 
