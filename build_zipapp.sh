@@ -100,7 +100,7 @@ if sys.version_info < (3, 6):
 try:
     from zipimport import zipimporter
 
-    # An import would compile the source at every start, on some versions twice: once for the file's name alone.
+    # An import would compile the source at every start, on some versions twice, once for its name alone.
     module = sys.modules["packtrack_logger"] = type(sys)("packtrack_logger")
     try:
         # The folder of this version has it compiled.

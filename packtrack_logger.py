@@ -1367,12 +1367,15 @@ def as_text(data):
     Every byte becomes one character, so that positions in the text are positions in the bytes. JSON's own
     characters are all ASCII; what is shown or written anew is decoded properly.
     """
-    text = data.decode("latin-1")
+    try:
+        return data.decode("ascii"), True
+    except UnicodeDecodeError:
+        pass
     try:
         codecs.utf_8_decode(data, "strict", False)  # False: a block's end may cut off its last character
     except UnicodeDecodeError:
-        return text, False
-    return text, True
+        return data.decode("latin-1"), False
+    return data.decode("latin-1"), True
 
 
 def display(path, standard):

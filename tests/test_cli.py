@@ -232,8 +232,9 @@ def test_complete_records_arrive_byte_for_byte(run, server, put, pipe):
         b'{"timestamp":"2025-01-01T00:00:00.120+02:00", "source" : {"system":"s"},"workflow":{"id":"w"},'
         b'"actor":{"id":"a","type":"t"},"status":"ok","severity":"info","message":"\\u00fc\\/ \xc3\xbc",'
         b'"metadata":{"big":' + b"123456789" * 4 + b',"price":1.10,"e":1E2,"z":-0.0}}',
-        b'{"message":"x","severity":"warn","status":"failed","actor":{"type":"t","id":"i"},"workflow":{"id":"w",'
-        b'"name":""},"source":{"system":"s","env":""},"timestamp":"2025-01-01T00:00:00Z","extra":{}}',
+        b'{"message":"x","severity":"warn","status":"failed","actor":{"type":"t","id":"i"},'
+        b'"workflow":{"id":"w","name":""},"source":{"system":"s","env":""},'
+        b'"timestamp":"2025-01-01T00:00:00Z","extra":{}}',
     ]
     data = b"\n".join(lines) + b"\n"
     if pipe:
