@@ -808,8 +808,8 @@ def fill_event(event, defaults, now):
     for name in FIELDS + tuple(name for name in event if name not in FIELDS):
         own, default = event.get(name), defaults.get(name)
         if name in PARTS and (own is None or type(own) is dict):
-            own = {key: own[key] for key in own if own[key] is not None} if own else {}
-            default, anchor = default or {}, ANCHORS[name]
+            own, default, anchor = own or {}, default or {}, ANCHORS[name]
+            own = {key: own[key] for key in own if own[key] is not None or key not in PARTS[name]}
             if anchor in own and own[anchor] != default.get(anchor):
                 default = {key: default[key] for key in default if key == "type"}
             own = _merge(own, default) if own else dict(default)
@@ -817,7 +817,7 @@ def fill_event(event, defaults, now):
             own = _merge(own, default or {})
         elif own is None:
             own = default or (now if name == "timestamp" else None)
-        if own is not None and not (name in PARTS and not own):
+        if own not in (None, {}) or name not in FIELDS or name in OBJECTS and own is not None:
             result[name] = own
     return result
 

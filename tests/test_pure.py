@@ -1114,3 +1114,10 @@ def test_an_event_that_is_changed_after_enqueue_goes_out_as_it_was(server, clien
     record["message"] = "changed"
     queue.close(10)
     assert server.records == [event()]
+
+
+@pytest.mark.parametrize("record, field", [({"foo": None}, "foo"), ({"source": {"foo": None}}, "source.foo")])
+def test_an_unknown_field_is_refused_also_where_it_is_null(record, field):
+    with pytest.raises(pl.InvalidError) as caught:
+        pl.complete_event(event(**record), {}, "2025-01-01T00:00:00Z")
+    assert caught.value.where == field
