@@ -2294,11 +2294,11 @@ class AsyncClient:
                 self._batcher.skip()
             return len(taken)
 
-    def wait_for_room(self, seconds=None):
-        """Wait until the queue is half empty, or for some seconds."""
+    def wait_for_room(self, seconds=None, share=0.0):
+        """Wait until more than that share of the queue is empty, or for some seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._batcher) <= self._capacity // 2 and
-                                   self._batcher.bytes <= QUEUE_BYTES // 2, seconds)
+            self._changed.wait_for(lambda: len(self._batcher) < self._capacity * (1 - share) and
+                                   self._batcher.bytes < QUEUE_BYTES * (1 - share), seconds)
 
     def flush(self, timeout=None):
         """Deliver all that is queued; return whether timeout seconds sufficed. Raises the first error."""
@@ -2479,7 +2479,7 @@ def queue_records(records, skipped, queue, watch):
         records = records[queue.offer(records, skipped, force=watch.count_signals() > 1):]
         if not records:
             return
-        queue.wait_for_room(PATIENCE)
+        queue.wait_for_room(PATIENCE, share=0.5)
 
 
 # ---- The command runner: a command, then an event on how it ended; else as if we were not there ------------

@@ -1121,3 +1121,15 @@ def test_an_unknown_field_is_refused_also_where_it_is_null(record, field):
     with pytest.raises(pl.InvalidError) as caught:
         pl.complete_event(event(**record), {}, "2025-01-01T00:00:00Z")
     assert caught.value.where == field
+
+
+def test_who_waits_for_room_need_not_wait_for_a_batch_to_fill():
+    batches = []
+    queue = pl.AsyncClient(None, batch_size=4, queue_capacity=4, flush_interval=3600, deliver=batches.append)
+    assert queue.offer([b"{}"] * 3) == 3
+    waiter = threading.Thread(target=queue.wait_for_room, daemon=True)
+    waiter.start()
+    waiter.join(10)
+    assert not waiter.is_alive() and batches == []
+    assert queue.close(10) is True
+    assert [len(batch.records) for batch in batches] == [3]
