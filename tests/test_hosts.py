@@ -292,7 +292,7 @@ def test_little_address_space_delivers_or_says_so(size, run, server):
     if not starts_in(limit):
         pytest.skip("this interpreter needs more than %d MiB" % size)
     result = run(*FLAGS, "--json", server=server, preexec_fn=limit)
-    # Memory may run out between the request and its answer: the event may be there, and counts as undelivered.
+    # Memory may run out between request and answer: the event may be there, and counts as undelivered.
     assert result.summary["delivered"] <= len(server.records)
     assert (result.code == 0) == (result.summary["delivered"] == 1)
 
