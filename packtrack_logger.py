@@ -2740,10 +2740,11 @@ def accounting(delivery):
     """Return the end of the failure line: what was delivered and what was not."""
     if delivery.read < 2:
         return "; it could not be kept: " + delivery.unkept_why if delivery.unkept else ""
+    refused = delivery.invalid and not (delivery.keep_going or delivery.delivered)
     words = "; {} of {} records delivered".format(delivery.delivered, delivery.read)
-    if not delivery.delivered and not delivery.ranges:
-        words = "; nothing was sent"
-    if delivery.undelivered:
+    if refused and not getattr(getattr(delivery.sink, "client", None), "requests", 0):
+        words = "; nothing was sent of {} records read".format(delivery.read)
+    elif delivery.undelivered:
         ranges = ", ".join(describe_range(*pair) for pair in delivery.ranges[:10])
         words += ", {} not: records {}".format(delivery.undelivered, ranges)
         words += " and more" if len(delivery.ranges) > 10 else ""
