@@ -90,14 +90,21 @@ python=$(real_path "$python" '') ||
 mkdir -p "$(dirname "$output")" "$work/archive"
 cp "$here/packtrack_logger.py" "$here/LICENSE" "$work/archive/"
 
-# Runs on every Python that there is: the syntax is that of 2.7 and of 3.5 too.
-cat >"$work/archive/__main__.py" <<'PYTHON'
+# Runs on every Python that there is, 2.7 and those without zlib too. What it does where it cannot start is the
+# module's own section, so that the module as a script does the same.
+section='# ---- A poor Python:'
+{
+    cat <<'PYTHON'
 import os
 import sys
 
+PYTHON
+    awk -v section="$section" '/^(# ----|if) /{on = index($0, section) == 1} on' "$here/packtrack_logger.py"
+    cat <<'PYTHON'
 if sys.version_info < (3, 6):
-    sys.exit("packtrack-logger: needs Python 3.6 or newer; this is %d.%d" % sys.version_info[:2])
+    stand_aside("needs Python 3.6 or newer; this is %d.%d" % sys.version_info[:2])
 try:
+    import zlib  # zipimport, too, would miss it, and not name it
     from zipimport import zipimporter
 
     # An import would compile the source at every start, on some versions twice, once for its name alone.
@@ -111,17 +118,25 @@ try:
         module.__file__ = os.path.join(sys.path[0], "packtrack_logger.py")
         code = compile(__loader__.get_data(module.__file__), "packtrack_logger.py", "exec")
     exec(code, module.__dict__)
-    code = module.main(sys.argv[1:])
+except ImportError as error:
+    stand_aside(MISSING_MODULE.format(error.name))
 except KeyboardInterrupt:
-    code = 130
+    import signal
+
+    # A shell's loop ends only if we die of it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 # All is written and closed: to take the interpreter apart would take longer than the work.
-os._exit(code)
+os._exit(module.main(sys.argv[1:]))
 PYTHON
+} >"$work/archive/__main__.py"
+grep -q '^def stand_aside' "$work/archive/__main__.py" || fail "packtrack_logger.py has no section '$section'"
 
 # The same process state gives the same marshalled bytes: no site, a fixed hash seed, no inherited variables
 # (but for the one without which Windows starts nothing). No column numbers (3.11): nobody sees a traceback,
-# and the bytecode loads a third faster without them.
+# and the bytecode loads a third faster without them. No docstrings but the module's, for the same reason.
 cat >"$work/compile.py" <<'PYTHON'
+import ast
 import importlib.util
 import marshal
 import os
@@ -132,7 +147,11 @@ if sys.implementation.name != "cpython" or sys.version_info < (3, 6) or not sys.
              % ((sys.executable, sys.implementation.name) + sys.version_info[:2]))
 with open("packtrack_logger.py", "rb") as file:
     source = file.read()
-code = compile(source, "packtrack_logger.py", "exec", dont_inherit=True, optimize=0)
+tree = ast.parse(source)
+for node in ast.walk(tree):
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
+        node.body[0] = ast.copy_location(ast.Pass(), node.body[0])
+code = compile(tree, "packtrack_logger.py", "exec", dont_inherit=True, optimize=0)
 if sys.version_info >= (3, 7):
     # Unchecked hash (PEP 552): no clock matters.
     check = b"\1\0\0\0" + importlib.util.source_hash(source)
@@ -170,7 +189,8 @@ try:
                 entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
                 entry.create_system = 3
                 entry.external_attr = 0o100644 << 16
-                entry.compress_type = zipfile.ZIP_DEFLATED
+                # A Python without zlib reads what is stored, and then says so.
+                entry.compress_type = zipfile.ZIP_STORED if name == "__main__.py" else zipfile.ZIP_DEFLATED
                 with open(os.path.join(folder, name), "rb") as source:
                     archive.writestr(entry, source.read())
     os.chmod(partial, 0o755)

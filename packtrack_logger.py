@@ -2,28 +2,133 @@
 """Send PackTrack events from a shell: from flags, a JSON file, a JSON array or NDJSON, with retries.
 
 Exit codes:
-  0  every event was delivered (with --dry-run and --output: validated, and written)
-  1  bad arguments or an invalid event; without --async and --keep-going nothing was sent
-  2  refused by the server, or another failure that trying again does not mend
-  3  tries or time exhausted; sending again later may work
-  4  the input cannot be read or is not JSON, or --output cannot be written
-  128+n  ended by signal n, after the same accounting (130 INT, 143 TERM)
+  0  all events were delivered (with --dry-run and --output: validated and written)
+  1  invalid arguments or events; without --async and --keep-going nothing was sent
+  2  rejected by the server, or another permanent failure
+  3  retries or deadline exhausted; may succeed later
+  4  input could not be read or parsed, or output could not be written
+  128+n  terminated by signal n, after the same accounting (130 INT, 143 TERM)
 
-The command line is written on the two classes that a program may import: Client and AsyncClient.
+The command line is written on a class that a program may import: Client.
 Everything here is the standard library of CPython 3.6 or later.
 """
 
-import argparse
+import _thread
 import codecs
+import errno
+import gc
 import io
-import json
 import os
-import re
+import stat
 import sys
 import time
 
+try:
+    import argparse
+    import json
+    import re
+    import select
+    import signal
+
+    missing = None
+except ImportError as error:
+    missing = error
+
 VERSION = "1.0.0"
 PROGRAM = "packtrack-logger"
+
+# ---- A poor Python: what runs without json, even on 2.7; the archive's __main__.py holds a copy of this ----
+
+MISSING_MODULE = ("this Python has no module {}: install python3 "
+                  "(Debian: apt-get install python3; python3-minimal is not enough)")
+
+
+def entry_state():
+    """Return the environment and the mask of ignored signals as they were on entry, before CPython came.
+
+    In the C locale CPython sets LC_CTYPE (PEP 538). PIPE and XFSZ it ignores: what they were is gone, but for
+    the parent, whose mask we inherited, unless it is of those that ignore PIPE and spare their children.
+    """
+    environ, ignored = dict(getattr(os, "environb", os.environ)), 0
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            entries = [entry for entry in file.read().split(b"\0") if entry.startswith(b"LC_CTYPE=")]
+        value = entries[0][9:] if entries else None
+    except (IOError, OSError):
+        value = environ.get(b"LC_CTYPE")
+        if not environ.get(b"LC_ALL") and environ.get(b"LANG", b"") in (b"", b"C", b"POSIX"):
+            value = None if value in (b"C.UTF-8", b"C.utf8", b"UTF-8") else value
+    if value is None:
+        environ.pop(b"LC_CTYPE", None)
+    else:
+        environ[b"LC_CTYPE"] = value
+    try:
+        with open("/proc/%d/status" % os.getppid()) as file:
+            parent = dict(line.split(":\t", 1) for line in file if ":\t" in line)
+        name = parent["Name"]
+        try:
+            name = os.path.basename(os.readlink("/proc/%d/exe" % os.getppid()))
+        except OSError:  # another user's
+            pass
+        if not name.startswith(("python", "pypy", "node", "sshd", "sudo", "tmux")):
+            ignored = int(parent["SigIgn"], 16)
+    except (IOError, OSError, KeyError, ValueError):
+        pass
+    return environ, ignored
+
+
+def exec_command(command, environ, ignored):
+    """Become the command (a list), found as execvp(3) finds it. Raises OSError or ValueError."""
+    import errno
+
+    try:
+        import signal
+    except ImportError:
+        import _signal as signal
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN if ignored >> (number - 1) & 1 else signal.SIG_DFL)
+    name, failure = command[0], OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    folders = [""] if "/" in name else os.environ.get("PATH", "/bin:/usr/bin").split(":") if name else []
+    for path in [folder and folder + "/" + name or name for folder in folders]:
+        try:
+            os.execve(path, command, environ)
+        except OSError as error:
+            if error.errno == errno.ENOEXEC:  # a script without a #! line
+                os.execve("/bin/sh", ["/bin/sh", path] + command[1:], environ)
+            if error.errno == errno.EACCES:
+                failure = error
+            elif error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ETIMEDOUT):
+                raise
+    raise failure
+
+
+def stand_aside(why):
+    """Say why the program cannot run, and let a command after `--` run in its place."""
+    command = sys.argv[sys.argv.index("--") + 1:] if "--" in sys.argv else []
+    code, lines = 1, [why + ("; running the command without reporting" if command else "")]
+    while lines:
+        try:
+            os.write(2, ("packtrack-logger: error: %s\n" % lines.pop()).encode("ascii", "replace"))
+        except OSError:
+            pass
+        try:
+            if command and os.name == "nt":
+                import subprocess
+
+                os._exit(subprocess.call(command))
+            elif command:
+                exec_command(command, *entry_state())
+        except (OSError, ValueError) as error:
+            code = 127 if getattr(error, "errno", 0) == 2 else 126
+            lines, command = ["cannot run %s: %s" % (command[0], getattr(error, "strerror", error))], []
+    os._exit(code)
+
+
+if missing is not None:  # a program that imports this module gets the error
+    if __name__ == "__main__":
+        stand_aside(MISSING_MODULE.format(missing.name))
+    raise missing
+
 
 # ---- Errors: one class per exit code; a message is one line, without secrets -------------------------------
 
@@ -33,7 +138,7 @@ class PackTrackError(Exception):
 
     exit_code: the exit code of the command line. kind: a word for programs. status: the HTTP status, or None.
     where: what it is about, such as "events.ndjson:151", "--timeout" or "PACKTRACK_TIMEOUT", or None.
-    ends_run: whether all the rest of a run would fail alike.
+    ends_run: whether the rest of a run would fail alike.
     """
 
     exit_code, kind = 2, "error"
@@ -53,13 +158,13 @@ class InvalidError(PackTrackError):
 
 
 class RefusedError(PackTrackError):
-    """The server's final no, or a fault that trying again does not mend."""
+    """The server's final no, or another permanent failure."""
 
     exit_code, kind = 2, "refused"
 
 
 class RetriesExhaustedError(PackTrackError):
-    """The tries or the time are used up; a later run may succeed."""
+    """The retries or the time are used up; a later run may succeed."""
 
     exit_code, kind = 3, "retries_exhausted"
 
@@ -71,18 +176,100 @@ class InputError(PackTrackError):
 
 
 class Interrupted(BaseException):
-    """A signal, or abort(), ended a wait. Not an Exception: nothing may swallow it."""
+    """The run is over, so a wait ended early. Not an Exception: nothing may swallow it."""
+
+
+# ---- Limits: what ends a wait; nothing else in this module waits by itself ---------------------------------
+
+TICK = 0.1
+BURST = 0.2
+LONGEST_SAVING = 30.0
+LONGEST_START = 5.0
+
+
+class Limits:
+    """The deadline of the run and the signals that came: whatever waits asks here, every TICK seconds.
+
+    main() makes one for a run and all its threads share it. The signal handler only notes the signal, so no
+    accounting is ever cut in two; Delivery sets `over` when nothing more is to be sent.
+
+    seconds: the deadline from now, or None. patience: the signals it takes to end the sending; the first
+    always ends the reading. clock, pause: the monotonic clock and the way to sleep.
+    """
+
+    def __init__(self, seconds=None, patience=1, clock=time.monotonic, pause=time.sleep):
+        self.clock, self._pause, self._patience = clock, pause, patience
+        self.deadline = None if seconds is None else clock() + seconds
+        self.signals, self.over, self._last = [], False, 0.0
+
+    def handle_signal(self, number, frame=None):
+        """Note a signal. Several at once count as one: timeout(1) signals its child, then the group."""
+        now = self.clock()
+        if not self.signals or now - self._last > BURST:
+            self.signals.append(number)
+            self._last = now
+
+    def check(self, reading=False):
+        """Raise Interrupted where the sending, or the reading, is to stop; past the deadline its error."""
+        if len(self.signals) >= (1 if reading else self._patience) or reading and self.over:
+            raise Interrupted()
+        if self.deadline is not None and self.clock() >= self.deadline:
+            raise RetriesExhaustedError("deadline exceeded", kind="deadline", ends_run=True)
+
+    def left(self, seconds=TICK, reading=False):
+        """Return how long to wait at a time: seconds, or less near the deadline. Raises as check()."""
+        self.check(reading)
+        return seconds if self.deadline is None else max(0.0, min(seconds, self.deadline - self.clock()))
+
+    def sleep(self, seconds):
+        """Sleep that long. Raises as check()."""
+        until = self.clock() + seconds
+        while self.clock() < until:
+            self._pause(self.left(min(TICK, until - self.clock())))
+
+    def saving(self, seconds):
+        """Return the Limits for saving the undelivered: past the deadline, and until a second signal."""
+        if self.deadline is not None:
+            seconds = min(max(self.deadline - self.clock(), 0.5), seconds)
+        limits = Limits(seconds, patience=2, clock=self.clock, pause=self._pause)
+        limits.signals = self.signals
+        return limits
+
+
+def start_thread(work):
+    """Run work() in a daemon thread; return a lock that is released when it has ended.
+
+    Raises RuntimeError where there is no memory for a thread. threading.Thread.start() would wait for ever for
+    one that dies of that before it runs.
+    """
+    begun, ended = _thread.allocate_lock(), _thread.allocate_lock()
+
+    def run():
+        begun.release()
+        try:
+            work()
+        except MemoryError:  # what is left undone is accounted for at the end
+            pass
+        finally:
+            ended.release()
+
+    begun.acquire()
+    ended.acquire()
+    _thread.start_new_thread(run, ())
+    if not begun.acquire(True, LONGEST_START):
+        raise RuntimeError("the thread did not start")
+    return ended
 
 
 # ---- Options: one table, its value parsers, and resolve(argv, environ); no input is read here --------------
 
 UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
-LONGEST = 366 * 86400.0
+LONGEST = 8784 * 3600.0
 SEVERITIES = ("debug", "info", "warn", "error")
 STATUSES = ("ok", "failed", "skipped", "timeout", "retrying", "unknown")
 TRUE, FALSE = ("1", "true", "yes", "y", "on"), ("0", "false", "no", "n", "off")
 DIGITS = "0123456789"
-LABEL = DIGITS + "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_"
+HOST = r"(?=.{1,254}\Z)(?:[0-9A-Za-z_-]{1,63}\.)*[0-9A-Za-z_-]{1,63}\.?|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+\]"
 # RFC 3339, 5.6, with a capital T and Z. The calendar is in the pattern: datetime's parsers differ by version.
 TIMESTAMP = (
     r"(?:(?!0000)[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
@@ -93,247 +280,221 @@ TIMESTAMP = (
 )
 
 
-def parse_required(text):
-    """Text that is not empty."""
-    if not text:
-        raise ValueError("must not be empty")
-    return text
+class UsageError(InvalidError):
+    """Raised by resolve(): `where`, a flag or variable, is the subject of the message."""
+
+    def __str__(self):
+        return "{} {}".format(self.where, self.args[0])
 
 
-def parse_boolean(text):
-    """1/true/yes/y/on or 0/false/no/n/off, in any case."""
-    if text.lower() not in TRUE + FALSE:
-        raise ValueError("must be true or false")
-    return text.lower() in TRUE
-
-
-def parse_duration(text):
-    """A duration as in Go ("1m30s", "1.5h", "500us") or a bare number of seconds; return seconds."""
-    parts = re.findall(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([a-z\u00b5\u03bc]*)", text)
-    units = {"": 1.0} if len(parts) == 1 and not parts[0][1] else UNITS
-    if not parts or "".join(map("".join, parts)) != text or any(unit not in units for _, unit in parts):
-        raise ValueError("must be a duration such as 500ms, 15s or 1m30s")
-    seconds = sum(float(number) * units[unit] for number, unit in parts)
-    if seconds > LONGEST:
-        raise ValueError("must be at most {:.0f}h".format(LONGEST / 3600))
-    return seconds
-
-
-def parse_limit(text):
-    """A duration that is not zero; return seconds."""
-    seconds = parse_duration(text)
-    if not seconds:
-        raise ValueError("must be more than zero")
-    return seconds
-
-
-def parse_fraction(text):
-    """A decimal number from 0 to 1."""
-    if not re.match(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\Z", text) or float(text) > 1:
-        raise ValueError("must be a number from 0 to 1")
-    return float(text)
-
-
-def whole_number(least, most):
-    """Return the parser of a whole number from least to most."""
+def matching(pattern, message, convert=str):
+    """Return the parser of texts that match pattern; others, or where convert returns None, raise message."""
 
     def parse(text):
-        if not 0 < len(text) < 13 or text.strip(DIGITS) or not least <= int(text) <= most:
-            raise ValueError("must be a whole number from {} to {}".format(least, most))
-        return int(text)
+        text = text or ""  # Client may be given None as its key
+        value = convert(text) if re.fullmatch(pattern, text, re.DOTALL) else None
+        if value is None:
+            raise ValueError(message.format(printable(text)))
+        return value
 
     return parse
 
 
-def one_of(*choices):
-    """Return the parser of an enumeration."""
+def integer(least, most):
+    """Return the kind of an integer from least to most."""
+    return matching("[0-9]{1,12}", 'must be an integer from {} to {} (got "{{}}")'.format(least, most),
+                    lambda text: int(text) if least <= int(text) <= most else None), "N"
+
+
+def one_of(metavar, *choices):
+    """Return the kind of an enumeration."""
 
     def parse(text):
         if text not in choices:
-            raise ValueError('must be one of {} (got "{}"{})'.format(
-                ", ".join(choices), printable(text), nearest(text, choices)))
+            raise ValueError('must be one of {} (got "{}"){}'.format(
+                ", ".join(choices), printable(text), nearest(text, choices, '; did you mean "{}"?')))
         return text
 
     parse.choices = choices
-    return parse
+    return parse, metavar
 
 
-def parse_header(text):
-    """A header value: visible ASCII, spaces inside only (RFC 9110, 5.5). Not quoted: it may be a secret."""
-    if not text or text != text.strip(" ") or not all(" " <= character <= "~" for character in text):
-        raise ValueError("must be visible ASCII characters, with spaces inside only (the value is not shown)")
-    return text
+def parse_duration(text, zero=True):
+    """A duration as in Go ("1m30s", "1.5h", "500us") or a bare number of seconds; return seconds."""
+    pairs = re.findall(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([a-z\u00b5\u03bc]*)", text)
+    units = {"": 1.0} if len(pairs) == 1 and not pairs[0][1] else UNITS
+    if not pairs or "".join(map("".join, pairs)) != text or any(unit not in units for _, unit in pairs):
+        raise ValueError('invalid duration "{}": use e.g. 500ms, 15s, 1m30s'.format(printable(text)))
+    seconds = sum(float(number) * units[unit] for number, unit in pairs)
+    if seconds > LONGEST or not (seconds or zero):
+        raise ValueError("must be at most 8784h" if seconds else "must be more than zero")
+    return seconds
 
 
 def parse_timestamp(text):
     """An RFC 3339 time with T and zone; empty is absent."""
     if text and not re.match(TIMESTAMP, text):
-        raise ValueError('must be an RFC 3339 time such as 2025-11-25T09:30:00Z (got "{}")'.format(
-            printable(text)))
+        zone = ": missing time zone, e.g. Z" if re.match(TIMESTAMP, text + "Z") else ""
+        raise ValueError('must be an RFC 3339 time such as 2025-11-25T09:30:00Z (got "{}"){}'.format(
+            printable(text), zone))
     return text
 
 
 def parse_object(text):
-    """A JSON object; empty is absent. What is wrong is told by its column, not quoted."""
-    try:
-        value = parse_json(text) if text else {}
-    except InputError as error:
-        raise ValueError(str(error))
+    """A JSON object; empty is absent. An error names the column and quotes nothing."""
+    value = parse_json(text) if text else {}
     if type(value) is not dict:
         raise ValueError("must be a JSON object")
     return value
 
 
-def parse_path(text):
-    """The path of a URL, with or without its first slash."""
-    if not all("!" <= character <= "~" for character in text) or "#" in text:
-        raise ValueError("must be percent-encoded ASCII without a fragment")
-    return "/" + text.lstrip("/")
-
-
 def parse_base_url(text):
-    """An http or https URL without user, query or fragment; return it without trailing slashes."""
+    """An http or https URL without user, query or fragment; return it in ASCII, without trailing slashes."""
+    scheme, authority, path = re.fullmatch("(?:(https?)://)?([^/]*)(.*)", text, re.DOTALL).groups()
+    host, port = split_host(authority, None)
     if "@" in text:
-        raise ValueError("must not hold a user or password (the value is not shown)")
-    scheme, _, rest = text.partition("://")
-    place, slash, path = rest.partition("/")
-    if scheme not in ("http", "https") or not place or "?" in text or "#" in text:
-        raise ValueError(
-            "must be http://HOST or https://HOST with an optional port and path, and nothing more")
-    host, port = split_host(place, None)
-    if place[len(host):] and (not port or len(port) > 5 or port.strip(DIGITS) or not 0 < int(port) < 65536):
-        raise ValueError("the port must be a number from 1 to 65535")
-    path = parse_path(path).rstrip("/") if slash else ""
-    return "{}://{}{}{}".format(scheme, check_host(host), ":" + port if port else "", path)
-
-
-def split_host(place, default_port):
-    """Return host and port, as text, of "host", "host:port" or "[address]:port"."""
-    end = place.find("]") + 1 if place.startswith("[") else 0
-    host, colon, port = place[end:].partition(":")
-    return place[:end] + host, port if colon else default_port
-
-
-def check_host(host):
-    """Return a host name in ASCII, or an IPv6 address in brackets; raise ValueError for what is neither."""
-    if host.startswith("["):
-        import socket
-
-        try:
-            socket.inet_pton(socket.AF_INET6, host[1:-1])
-        except OSError:
-            raise ValueError("what stands in brackets must be an IPv6 address")
-        return host
+        raise ValueError("must not contain a user or password (value not shown)")
+    if not scheme:
+        raise ValueError("must start with http:// or https:// (e.g. https://pack.example.com)")
+    if "?" in text or "#" in text:
+        raise ValueError("must not contain a query or fragment")
+    if port is not None and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
+        raise ValueError("port must be a number from 1 to 65535")
+    path = parse_path(path).rstrip("/")
+    if path.endswith("/api/ingest"):
+        raise ValueError("must not include /api/ingest")
     try:
         name = host if max(host, default="") <= "~" else host.encode("idna").decode("ascii")
     except UnicodeError:
         name = ""
-    labels = (name[:-1] if name.endswith(".") else name).split(".")
-    if len(name) > 254 or not all(0 < len(label) < 64 and not label.strip(LABEL) for label in labels):
-        raise ValueError("the host name is not valid")
-    return name
+    if not re.fullmatch(HOST, name):
+        kind = "IPv6 address in brackets" if host.startswith("[") else "host name"
+        raise ValueError(("invalid " if host else "missing ") + kind)
+    return "{}://{}{}{}".format(scheme, name, ":" + port if port else "", path)
+
+
+def split_host(text, default_port):
+    """Return host and port, as text, of "host", "host:port" or "[address]:port"."""
+    host, port = re.fullmatch(r"(\[.*\][^:]*|[^:]*)(?::(.*))?", text, re.DOTALL).groups()
+    return host, default_port if port is None else port
+
+
+# RFC 9110, 5.5: visible ASCII, spaces inside only. Not quoted: it may be a secret.
+parse_header = matching("(?! )[ -~]+(?<! )", "contains characters not allowed in a header (value not shown)")
+parse_path = matching('[!"$-~]*', "must be percent-encoded ASCII without a fragment",
+                      lambda text: "/" + text.lstrip("/"))
+# The kinds of options: the parser, and what --help calls the value.
+BOOLEAN = (matching("(?ai)" + "|".join(TRUE + FALSE), "must be true or false",
+                    lambda text: text.lower() in TRUE), None)
+FRACTION = (matching(r"0+\.?|0*\.[0-9]+|0*1(?:\.0*)?", 'must be a number from 0 to 1 (got "{}")', float),
+            "FRACTION")
+PAIR = (matching("[^=]+=.*", "must be KEY=VALUE, e.g. region=eu", lambda text: dict([text.split("=", 1)])),
+        "KEY=VALUE")
+DURATION, LIMIT = (parse_duration, "DURATION"), (lambda text: parse_duration(text, zero=False), "DURATION")
+TEXT, TIME, JSON = (str, "TEXT"), (parse_timestamp, "TIME"), (parse_object, "JSON")
+HEADER, KEY, URL = (parse_header, "TEXT"), (parse_header, "KEY"), (parse_base_url, "URL")
+URL_PATH, PATH, FILE = (parse_path, "PATH"), (str, "PATH"), (str, "FILE")
 
 
 class Option:
     """One option: what the parser, the environment, --help, the README and the completions know of it."""
 
-    def __init__(self, name, help, parse=parse_boolean, metavar=None, default=None, short=None, variable=True,
-                 path=False, field=None):
-        self.name, self.help, self.parse, self.metavar, self.default = name, help, parse, metavar, default
-        self.short, self.path, self.field = short, path, field
-        self.is_boolean, self.choices = parse is parse_boolean, getattr(parse, "choices", ())
-        self.variable = "PACKTRACK_" + name.upper().replace("-", "_") if variable else None
-        self.flag, self.opposite = "--" + name, None
-        if self.is_boolean and variable:  # the flag that undoes it
-            self.opposite = "--" + (name[3:] if name.startswith("no-") else "no-" + name)
+    def __init__(self, name, help, kind=BOOLEAN, default=None, short=None, field=None, secret=False):
+        self.name, self.help, self.default, self.short = name, help, default, short
+        self.field, self.secret, self.path = field, secret, kind in (PATH, FILE)
+        self.parse, self.metavar = kind
+        self.is_boolean, self.choices = kind is BOOLEAN, getattr(self.parse, "choices", ())
+        self.flag, self.variable, self.opposite = "--" + name, None, None
+        if name not in ("meta", "completion", "version", "help"):
+            self.variable = "PACKTRACK_" + name.upper().replace("-", "_")
+            if self.is_boolean:  # the flag that undoes it
+                self.opposite = "--" + (name[3:] if name.startswith("no-") else "no-" + name)
         self.flags = [flag for flag in (self.flag, self.opposite, short) if flag]
 
 
 BASE_URL = "https://pack.shimcounty.com"
 USER_AGENT = "pack-track-sdk-python/{0} packtrack-logger/{0}".format(VERSION)
-GROUPS = (
-    ("Core", (
-        Option("api-key", "key of the service; safer in a file or the environment", parse_header, "KEY"),
-        Option("api-key-file", "take the key from the file's first line", parse_required, "PATH", path=True),
-        Option("base-url", "where the service is", parse_base_url, "URL", BASE_URL),
-        Option("health-path", "path of the health check", parse_path, "PATH", "/api/health"),
-        Option("timeout", "limit of one attempt, from connecting to the answer",
-               parse_limit, "DURATION", "15s"),
-        Option("retries", "further tries after the first", whole_number(0, 1000), "N", "3"),
-        Option("backoff-initial", "wait before the first further try", parse_duration, "DURATION", "100ms"),
-        Option("backoff-max", "longest wait between tries, before jitter", parse_duration, "DURATION", "2s"),
-        Option("jitter", "random share of each wait, 0 to 1", parse_fraction, "FRACTION", "0.2"),
-        Option("user-agent", "User-Agent header", parse_header, "TEXT", USER_AGENT),
-        Option("idempotency-key", "Idempotency-Key header, with record numbers where a run makes several "
-               "requests; auto: the body's hash", parse_header, "KEY"),
-        Option("gzip", "compress the body"),
-    )),
-    ("Event construction", (
-        Option("timestamp", "time; default now", parse_timestamp, "RFC3339", field="timestamp"),
-        Option("source-system", "required", parse_required, "TEXT", field="source.system"),
-        Option("source-env", "such as prod", str, "TEXT", field="source.env"),
-        Option("workflow-id", "required", parse_required, "TEXT", field="workflow.id"),
-        Option("workflow-name", "the workflow's name", str, "TEXT", field="workflow.name"),
-        Option("run-id", "the workflow's run", str, "TEXT", field="workflow.run_id"),
-        Option("step-id", "the run's step", str, "TEXT", field="workflow.step_id"),
-        Option("actor-type", "required, such as agent", parse_required, "TEXT", field="actor.type"),
-        Option("actor-id", "required", parse_required, "TEXT", field="actor.id"),
-        Option("actor-display", "the actor's name", str, "TEXT", field="actor.display_name"),
-        Option("severity", "required:", one_of(*SEVERITIES), "WORD", field="severity"),
-        Option("status", "required:", one_of(*STATUSES), "WORD", field="status"),
-        Option("message", "required", parse_required, "TEXT", field="message"),
-        Option("metadata", "a JSON object", parse_object, "JSON", field="metadata"),
-        Option("extra", "a JSON object", parse_object, "JSON", field="extra"),
-    )),
-    ("Input sources", (
-        Option("file", "read a JSON event or array; - is standard input", parse_required, "PATH", path=True),
-        Option("stdin", "read standard input"),
-        Option("ndjson", "the input holds one JSON event a line"),
-    )),
-    ("Delivery", (
-        Option("batch-size", "most records of one request", whole_number(1, 1000000), "N", "100"),
-        Option("max-batch-bytes", "most bytes of one body", whole_number(1, 1 << 30), "N", "1000000"),
-        Option("deadline", "limit of the whole run; past it: exit 3", parse_limit, "DURATION"),
-        Option("keep-going", "skip what is invalid or refused, deliver the rest"),
-        Option("undelivered", "append what was read and not delivered", parse_required, "FILE", path=True),
-        Option("output", "append to FILE, - for standard output, and do not send",
-               parse_required, "FILE", path=True),
-    )),
-    ("Diagnostics", (
-        Option("verbose", "tell of attempts, waits and statuses", short="-v"),
-        Option("dry-run", "validate only"),
-        Option("health", "ask the service's health; exit 0 or 1"),
-        Option("health-enable", "ask it before sending, told by --verbose"),
-        Option("json", "one line of JSON on standard output at the end"),
-        Option("progress", "show progress; default on a terminal"),
-        Option("completion", "print the completion script:",
-               one_of("bash", "zsh", "fish"), "SHELL", variable=False),
-        Option("version", "print the version", short="-V", variable=False),
-        Option("help", "print this", short="-h", variable=False),
-    )),
-    ("Async", (
-        Option("async", "send while reading; a pipe is not kept for a second reading"),
-        Option("flush-interval", "longest wait of a record for its batch to fill",
-               parse_limit, "DURATION", "1s"),
-        Option("queue-capacity", "most records that wait to be sent",
-               whole_number(1, 10000000), "N", "10000"),
-        Option("no-flush", "abandon what is queued at the end"),
-    )),
-    ("Command", (
-        Option("command-timeout", "then send TERM, and 5s later KILL; exit 124", parse_limit, "DURATION"),
-        Option("strict", "a failed delivery fails a command that succeeded"),
-    )),
-)
+GROUPS = (("Core", (
+    Option("api-key", "API key, required to send (visible in ps: prefer --api-key-file or PACKTRACK_API_KEY)",
+           KEY, secret=True),
+    Option("api-key-file", "read the API key from the first line of a file (- for standard input)", PATH),
+    Option("base-url", "base URL of the PackTrack service, without /api/ingest", URL, BASE_URL),
+    Option("health-path", "URL path used by --health", URL_PATH, "/api/health"),
+    Option("timeout", "timeout of a single attempt, from DNS lookup to response", LIMIT, "15s"),
+    Option("retries", "maximum number of retries after a failed attempt (0: none)", integer(0, 1000), "3"),
+    Option("backoff-initial", "delay before the first retry; doubles on each retry", DURATION, "100ms"),
+    Option("backoff-max", "upper bound of the retry delay, before jitter", DURATION, "2s"),
+    Option("jitter", "randomize each delay by up to this fraction (0.2: +/- 20 %)", FRACTION, "0.2"),
+    Option("user-agent", "User-Agent header", HEADER, USER_AGENT),
+    Option("idempotency-key", 'Idempotency-Key header; "auto" derives it from the request body. With several '
+           "batches, each gets its own suffix", KEY),
+    Option("gzip", "gzip request bodies"),
+)), ("Event fields (with --file or --stdin: defaults for fields a record lacks)", (
+    Option("timestamp", "time of the event, RFC 3339 (default: now)", TIME, field="timestamp"),
+    Option("source-system", "system that emits the event, e.g. shop (required)", TEXT, field="source.system"),
+    Option("source-env", "environment, e.g. prod", TEXT, field="source.env"),
+    Option("workflow-id", "ID of the workflow, e.g. nightly-backup (required)", TEXT, field="workflow.id"),
+    Option("workflow-name", "display name of the workflow", TEXT, field="workflow.name"),
+    Option("run-id", "ID of this run of the workflow", TEXT, field="workflow.run_id"),
+    Option("step-id", "ID of the step within the run", TEXT, field="workflow.step_id"),
+    Option("actor-type", "kind of actor, e.g. agent, user, host (required)", TEXT, field="actor.type"),
+    Option("actor-id", "ID of the actor, e.g. the host name (required)", TEXT, field="actor.id"),
+    Option("actor-display", "display name of the actor", TEXT, field="actor.display_name"),
+    Option("severity", "debug, info, warn or error (required; set by the outcome with a COMMAND)",
+           one_of("WORD", *SEVERITIES), field="severity"),
+    Option("status", "ok, failed, skipped, timeout, retrying or unknown (required; set by the outcome with a "
+           "COMMAND)", one_of("WORD", *STATUSES), field="status"),
+    Option("message", "human-readable message (required; generated with a COMMAND)", TEXT, field="message"),
+    Option("metadata", "more fields as a JSON object, e.g. '{\"region\": \"eu\"}'", JSON, field="metadata"),
+    Option("meta", "one additional text field, e.g. region=eu (repeatable; overrides --metadata)", PAIR),
+    Option("extra", 'second free-form JSON object, sent as "extra"', JSON, field="extra"),
+)), ("Input sources", (
+    Option("file", "read events from PATH: one JSON object or array (- for standard input)", PATH),
+    Option("stdin", "read events from standard input (same as --file -)"),
+    Option("ndjson", "input is newline-delimited JSON, one event per line"),
+    Option("allow-empty", "exit 0 if the input contains no events (default: exit 4)"),
+)), ("Delivery", (
+    Option("batch-size", "maximum number of events per request", integer(1, 1000000), "100"),
+    Option("max-batch-bytes", "maximum size of a request body in bytes", integer(1, 1 << 30), "1000000"),
+    Option("connections", "send up to N batches at once (in order only if N is 1)", integer(1, 64), "1"),
+    Option("deadline", "total time limit of the run; exit 3 when exceeded (default: none; with a COMMAND: of "
+           "the delivery, 30s)", LIMIT),
+    Option("keep-going", "continue after invalid events and failed batches"),
+    Option("undelivered", "append events that could not be delivered to FILE, as NDJSON", FILE),
+    Option("output", "write events to FILE as NDJSON instead of sending them (- for standard output)", FILE),
+)), ("Diagnostics", (
+    Option("verbose", "log attempts, retries and response statuses to stderr", short="-v"),
+    Option("dry-run", "validate the input without sending it"),
+    Option("health", "check that the service is reachable and healthy, then exit 0 or 1"),
+    Option("health-enable", "check health before sending; the result is only logged with --verbose"),
+    Option("json", "print a JSON summary of the run to stdout"),
+    Option("progress", "show progress on stderr (default: only on a terminal)"),
+    Option("completion", "print the completion script for bash, zsh or fish",
+           one_of("SHELL", "bash", "zsh", "fish")),
+    Option("version", "print the version", short="-V"),
+    Option("help", "show all flags (-h: only the most used)", short="-h"),
+)), ("Async", (
+    Option("async", "stream: send while reading, without validating the whole input first"),
+    Option("flush-interval", "send an incomplete batch after this time (with --async)", LIMIT, "1s"),
+    Option("queue-capacity", "maximum number of events queued in memory (with --async)",
+           integer(1, 10000000), "10000"),
+    Option("no-flush", "drop events still queued when the input ends (with --async)"),
+)), ("With a COMMAND", (
+    Option("command-timeout", "terminate the command after this time (TERM, KILL 5s later); exit 124", LIMIT),
+    Option("strict", "exit non-zero if the command succeeded but the event could not be delivered"),
+)))
 OPTIONS = tuple(option for _, options in GROUPS for option in options)
 BY_NAME = {option.name: option for option in OPTIONS}
+BY_FLAG = {flag: option for option in OPTIONS for flag in option.flags}
+NOT_WITH_COMMAND = ("file", "stdin", "ndjson", "allow-empty", "json", "health")
+STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 
 
 class Settings(dict):
-    """The value of each option by its name; defaults are parsed when they are asked for.
+    """The value of each option by its name; defaults are parsed when they are asked for. Made by resolve().
 
     sources: {name: the flag or variable that gave it}. command: what stands after `--`, or None. trouble:
-    with a command, the first error of the environment, which must not keep the command from running; else
-    None.
+    the first error that keeps a command from being reported but not from running, or None.
     """
 
     def __init__(self, command=None):
@@ -348,74 +509,79 @@ class Settings(dict):
     def from_flag(self, name):
         return self.sources.get(name, "").startswith("-")
 
-
-class Keep(argparse.Action):
-    """Keeps a flag as it was written beside its text, which is parsed later, as the environment's are."""
-
-    def __call__(self, parser, namespace, value, flag=None):
-        vars(namespace)[self.dest] = (flag, value[1:] if self.nargs is None else value)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with our errors: exit code 1, and no value quoted, since it may be a secret."""
-
-    def error(self, message):
-        flag, _, why = message.partition(": ")
-        raise InvalidError("needs a value" if why.startswith("expected") else "takes no value",
-                           where=flag.replace("argument ", "").split("/")[0])
+    def refuse(self, name, error):
+        """Raise the error of an option, or note it: a variable must not keep the command from running."""
+        if self.command is None or self.from_flag(name):
+            raise error
+        self.trouble = self.trouble or error
 
 
 def parse_command_line(argv):
-    """Return {option name: (flag, text; None for a bare boolean)} and the command after `--`, or None."""
-    # The help is ours. A fixed width keeps argparse from importing shutil to measure the terminal.
-    parser = Parser(add_help=False, allow_abbrev=False, usage="", argument_default=argparse.SUPPRESS,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80))
-    named = {word.partition("=")[0] if word.startswith("--") else word[:2] for word in argv}
-    for option in OPTIONS:
-        if not named.isdisjoint(option.flags):  # argparse is slow to be told of an option
-            nargs = "?" if option.is_boolean else None
-            parser.add_argument(*option.flags, dest=option.name, action=Keep, nargs=nargs)
-    takes_value = {option.flag for option in OPTIONS if not option.is_boolean}
-    words, command, rest = [], None, iter(argv)
+    """Return {option name: [(flag, text), ...]}, the command after `--` or None, and a list of errors."""
+    words, errors, command, bare, options, rest = [], [], None, None, set(), iter(argv)
     for word in rest:
         if word == "--":
             command = list(rest)
+            if not command:
+                errors.append(InvalidError("a command must follow", where="--"))
             break
-        flag, equals, value = word.partition("=")
-        if flag in takes_value:
-            # Joined by one more "=": argparse takes a value with a dash first for a flag, and drops "--".
-            value = value if equals else next(rest, None)
-            word = flag if value is None else "{}=={}".format(flag, value)
-        words.append(word)
-    given, unknown = parser.parse_known_args(words)
-    if unknown:
-        if not unknown[0].startswith("-") or unknown[0] == "-":
-            raise InvalidError("unexpected argument (not shown: it may be a secret); put quotes around "
-                               "a value with blanks, and -- before a command")
-        flag = unknown[0].split("=")[0]
-        near = nearest(flag, [known for option in OPTIONS for known in option.flags])
-        if not flag.startswith("--"):
-            flag = flag[:2]  # the value of a short flag may follow it without a blank
-        raise InvalidError("unknown flag {}{}; see --help".format(printable(flag), near))
-    if command == []:
-        raise InvalidError("a command must follow", where="--")
-    return vars(given), command
+        flag, equals, text = word.partition("=")
+        option = BY_FLAG.get(flag)
+        if option is None:
+            errors.append(refuse_word(word, bare))
+            continue
+        bare = flag if option.is_boolean and not equals else None
+        if not equals:
+            text = "true" if bare else next(rest, None)
+        if text is None:
+            errors.append(UsageError("needs a value ({})".format(option.metavar), where=flag))
+            break
+        # The value repeats the flag: argparse does not keep it, refuses a dash first, and drops "--".
+        words.append("{0}={0}={1}".format(flag, text))
+        options.add(option)
+    # The help is ours. A fixed width keeps argparse from importing shutil to measure the terminal.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="",
+                                     argument_default=argparse.SUPPRESS,
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80))
+    for option in options:  # of all of them argparse takes long to be told
+        parser.add_argument(*option.flags, dest=option.name, action="append")
+    given = vars(parser.parse_args(words))
+    return {name: [text.split("=", 1) for text in given[name]] for name in given}, command, errors
+
+
+def refuse_word(word, bare):
+    """Return the error for a word that is no flag; bare: the boolean flag before it, or None."""
+    # It may be, or hold, a secret: of a flag no more is shown than can be its name, of anything else nothing.
+    if not word.startswith("-") or word == "-":
+        if bare:
+            return UsageError("takes no value (to read a file: --file PATH)", where=bare)
+        if os.path.exists(word):
+            return InvalidError("unexpected argument: to send a file use --file PATH (one per run)")
+        return InvalidError("unexpected argument (hidden, it may be a secret): quote values that contain "
+                            "spaces, read files with --file, put -- before a command")
+    shown = re.match("--?[A-Za-z0-9-]{0,198}", word).group()[:None if word.startswith("--") else 2]
+    if shown in BY_FLAG:
+        return UsageError("and what follows must be separate words", where=shown)
+    near = nearest(word.partition("=")[0], BY_FLAG)
+    for option in OPTIONS:
+        if option.secret and shown.startswith(option.flag):
+            shown = option.flag + "..."
+    return InvalidError("unknown flag {}{}; see --help".format(shown, near))
 
 
 def read_option(option, source, text):
     """Return the value of an option from its text; source, the flag or variable, is named by errors."""
+    if text == "" and (option.field is None or option.field in REQUIRED):  # else empty is absent
+        raise UsageError("is empty (is the variable set?)", where=source)
     try:
-        if option.is_boolean:
-            value = True if text is None else parse_boolean(text)
-            return not value if source == option.opposite else value
         if not option.path:  # text is UTF-8, whatever the locale took it for
-            try:
-                text = os.fsencode(text).decode("utf-8")
-            except UnicodeError:
-                raise ValueError("must be UTF-8")
-        return option.parse(text)
-    except ValueError as error:
+            text = os.fsencode(text).decode("utf-8")
+        value = option.parse(text)
+    except UnicodeError:
+        raise InvalidError("must be UTF-8", where=source)
+    except (ValueError, InputError) as error:
         raise InvalidError(str(error), where=source)
+    return not value if source == option.opposite else value
 
 
 def resolve(argv, environ):
@@ -423,75 +589,83 @@ def resolve(argv, environ):
 
     A flag beats its variable, and that the default. Raises InvalidError.
     """
-    given, command = parse_command_line(argv)
+    given, command, errors = parse_command_line(argv)
     settings = Settings(command)
-    asked = [name for name in ("help", "version", "completion") if name in given]
-    for option in OPTIONS:
-        if asked and option.name not in asked:
-            continue  # whoever asks for help must get it, whatever else is wrong
-        if option.name in given:
-            settings.sources[option.name], text = given[option.name]
-            settings[option.name] = read_option(option, settings.sources[option.name], text)
-        elif option.variable and environ.get(option.variable):
-            settings.sources[option.name] = option.variable
-            try:
-                settings[option.name] = read_option(option, option.variable, environ[option.variable])
-            except InvalidError as error:
-                if command is None:
-                    raise
-                settings.trouble = settings.trouble or error
-    if not asked:
-        settle(settings)
+    for name in ("help", "version", "completion"):  # whoever asks for one gets it, whatever else is wrong
+        for flag, text in given.get(name, ())[-1:]:
+            value = read_option(BY_NAME[name], flag, text)
+            if value:
+                settings[name] = {"-h": "short", "--help": "long"}.get(flag, value)
+                return settings
+    if errors:
+        raise errors[0]
+    ignored = NOT_WITH_COMMAND + ("severity", "status") if command else ()
+    for pair in (("api-key", "api-key-file"), ("file", "stdin")):  # either flag beats either variable
+        if any(name in given and given[name][-1][0] == "--" + name for name in pair):
+            ignored += pair
+    found = {option.name: (option.variable, environ[option.variable]) for option in OPTIONS
+             if option.name not in ignored and environ.get(option.variable or "")}
+    found.update((name, texts[-1]) for name, texts in given.items())
+    for name, (source, text) in found.items():
+        settings.sources[name] = source
+        try:
+            settings[name] = read_option(BY_NAME[name], source, text)
+        except InvalidError as error:
+            settings.refuse(name, error)
+    for flag, text in given.get("meta", ()):
+        settings["metadata"] = dict(settings["metadata"] or {}, **read_option(BY_NAME["meta"], flag, text))
+    settle(settings)
     return settings
 
 
 def settle(settings):
-    """Refuse flags that contradict each other; drop variables that are about another kind of run."""
-    sources = [name for name in ("file", "stdin") if settings[name]]
-    flags = [name for name in sources if settings.from_flag(name)]
-    chosen = flags if flags or settings.command else sources
-    if len(chosen) > 1:
-        names = [settings.sources[name] for name in chosen]
-        raise InvalidError("one source of records, please: {} or {}".format(*names))
-    for name in sources:
-        if name not in chosen:
-            settings[name] = None
-    command = settings.command
-    needs_command, no_command = "needs a command after --", "cannot be combined with a command after --"
-    rules = (
-        ("file", not command, no_command),
-        ("stdin", not command, no_command),
-        ("ndjson", settings["file"] or settings["stdin"], "needs --file or --stdin"),
-        ("no-flush", settings["async"], "needs --async"),
-        ("command-timeout", command, needs_command),
-        ("strict", command, needs_command),
-        ("json", not command, no_command),
-        ("health", not command, no_command),
-        ("dry-run", not command, no_command),
-        ("output", not command or settings["output"] != "-", "- " + no_command),
-    )
-    for name, holds, why in rules:
-        if settings[name] and not holds:
-            error = InvalidError(why, where=settings.sources[name])
-            if settings.from_flag(name):
-                raise error
-            if name in ("dry-run", "output"):  # whoever set these may rely on the event not being sent
-                settings.trouble = settings.trouble or error
-            settings[name] = None
-    if settings.from_flag("api-key-file") and not settings.from_flag("api-key"):
-        settings["api-key"] = None
-    elif settings["api-key"]:
+    """Refuse options that contradict each other; drop variables that are about another kind of run."""
+    command, sources, reads = settings.command, settings.sources, settings["file"] or settings["stdin"]
+    reads_stdin = command or settings["stdin"] or settings["file"] in STANDARD_INPUT
+    keyless = settings["dry-run"] or settings["output"] or settings["health"]
+    if settings["api-key"]:
         settings["api-key-file"] = None
+    alone = "cannot be combined with a command"
+    rules = [
+        (("file",), not settings["stdin"], "and {} cannot be used together".format(sources.get("stdin"))),
+        (NOT_WITH_COMMAND + ("dry-run",), not command, alone),
+        (("output",), not command or settings["output"] != "-", "- " + alone),
+        (("severity", "status"), not command, alone + ", whose outcome sets it"),
+        (("api-key-file",), keyless or not reads_stdin or settings["api-key-file"] not in STANDARD_INPUT,
+         "cannot be standard input: the {} it".format("command reads" if command else "events come from")),
+        (("ndjson", "allow-empty"), reads, "needs --file or --stdin"),
+        (("no-flush",), settings["async"], "needs --async"),
+        (("command-timeout", "strict"), command, "needs a command after --"),
+    ]
+    for names, holds, why in rules:
+        for name in names:
+            if settings[name] and not holds:
+                # The variables of these are not ignored: an event might be sent that was not to be.
+                if settings.from_flag(name) or name in ("file", "dry-run", "output", "api-key-file"):
+                    settings.refuse(name, UsageError(why, where=sources[name]))
+                del settings[name], sources[name]
 
 
 # ---- Texts: what people read, derived from the table; nothing is printed here ------------------------------
 
+SUMMARY = "Send PackTrack events from flags, JSON or NDJSON, or the outcome of a command."
 USAGE = """Usage:
   packtrack-logger [FLAGS] --workflow-id ID ... --message TEXT
-  packtrack-logger [FLAGS] --file PATH [--ndjson]
-  packtrack-logger [FLAGS] --stdin [--ndjson]
+  packtrack-logger [FLAGS] --file PATH [--ndjson]     (--stdin: standard input)
   packtrack-logger [FLAGS] -- COMMAND [ARG...]
 """
+SHORT_USAGE = USAGE + "See packtrack-logger --help.\n"
+ESSENTIAL = ("api-key-file", "source-system", "workflow-id", "actor-type", "actor-id", "severity", "status",
+             "message", "file", "ndjson", "undelivered", "dry-run", "verbose", "help")
+SHORT_FOOTER = """
+Flags can be set as variables: --api-key as PACKTRACK_API_KEY.
+All flags, variables, exit codes and examples: packtrack-logger --help
+"""
+FOOTER = """
+Precedence: flag, environment variable, default.
+Boolean flags can be negated with --no-FLAG (--no-flush: with --flush).
+
+Exit codes:"""
 EXAMPLES = """
 Examples:
   packtrack-logger --source-system shop --workflow-id wf-1 --actor-type agent \\
@@ -499,34 +673,29 @@ Examples:
   packtrack-logger --stdin --ndjson --undelivered left.ndjson < events.ndjson
   packtrack-logger --source-system cron --workflow-id backup --actor-type host \\
       --actor-id db1 -- /usr/local/bin/backup.sh --full
+
+Recipes and details: the project's README.md
 """
-QUOTED = 200
+ALIASES = {  # what other programs call these
+    "ok": "success succeeded successful pass passed complete completed done finished",
+    "failed": "error failure fail", "retrying": "retry", "unknown": "running pending started queued",
+    "debug": "trace", "info": "notice", "warn": "warning", "error": "critical fatal panic alert emergency",
+}
 
 
 def printable(text):
     """Return text on one line, without control characters, of at most 200 characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:QUOTED]
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
 
 
-def redact(text, secrets):
-    """Return text with every secret cut out, also where it was escaped for JSON, HTML or a URL."""
-    for secret in secrets:
-        from urllib.parse import quote
-
-        raw = secret.encode("utf-8", "surrogateescape")
-        forms = {secret, json.dumps(secret)[1:-1], quote(raw), quote(raw, safe=""),
-                 secret.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}
-        for form in sorted(forms, key=len, reverse=True):
-            text = text.replace(form, "***")
-    return text
-
-
-def nearest(word, known):
-    """Return words that name the nearest of the known words, or nothing."""
+def nearest(word, known, hint=' (did you mean "{}"?)'):
+    """Return a hint at the one of the known words that was probably meant, or nothing."""
     import difflib
 
-    found = difflib.get_close_matches(word, known, 1)
-    return "; did you mean {}?".format(found[0]) if found else ""
+    word = word.lower()
+    found = [name for name in known if word == name or word in ALIASES.get(name, "").split()]
+    found += difflib.get_close_matches(word, known, 1)
+    return hint.format(found[0]) if found else ""
 
 
 def exit_codes():
@@ -534,118 +703,107 @@ def exit_codes():
     return re.findall(r"^  (\S+)  (.+)$", __doc__ or "", re.MULTILINE)
 
 
-def about(option):
-    """Return what an option is for, with its choices."""
-    return " ".join([option.help] + [", ".join(option.choices)] * bool(option.choices))
-
-
-def help_text():
-    """Return --help: at most 80 columns, and never a value of the environment."""
+def help_text(long=True):
+    """Return --help, or -h if not long: at most 80 columns, and never a value of the environment."""
     import textwrap
 
-    def entry(name, text, width):
-        lines = textwrap.wrap(text, 80 - width, break_long_words=False, break_on_hyphens=False)
-        if len(name) >= width:
-            lines.insert(0, "")
-        return [name.ljust(width) + lines[0]] + [" " * width + line for line in lines[1:]]
+    def entry(name, text, width=26):
+        text = textwrap.fill(text, 80 - width, break_long_words=False, break_on_hyphens=False)
+        text = textwrap.indent(text, " " * width)
+        return name.ljust(width) + text[width:] if len(name) < width else name + "\n" + text
 
-    lines = ["Send PackTrack events: from flags, JSON, NDJSON, or on how a command ended.", ""]
-    lines += [USAGE.rstrip()]
-    for title, options in GROUPS:
-        lines += ["", title + (" (for records from an input: what they lack):" if options[0].field else ":")]
-        for option in options:
-            flags = ", ".join(filter(None, (option.short, option.flag)))
-            default = option.default and "default " + option.default
-            facts = ", ".join(filter(None, (option.variable, default)))
-            text = about(option) + (" [{}]".format(facts) if facts else "")
-            lines += entry("  " + " ".join(filter(None, (flags, option.metavar))), text, 26)
-    lines += ["", "A boolean flag has a --no- form. A flag beats its variable, that the default."]
-    lines += ["", "Exit codes:"]
-    for code, meaning in exit_codes():
-        lines += entry("  " + code, meaning, 10)
-    lines += entry("", "With a command: the command's own, and 124 after --command-timeout.", 10)
+    def describe(option):
+        flags = ", ".join(filter(None, (option.short, option.flag)))
+        facts = ", ".join(filter(None, (option.variable, option.default and "default " + option.default)))
+        return entry("  " + " ".join(filter(None, (flags, option.metavar))),
+                     option.help + (" [{}]".format(facts) if long and facts else ""))
+
+    lines = [SUMMARY, "", USAGE.rstrip()]
+    for title, options in GROUPS if long else [("Most used flags", [BY_NAME[name] for name in ESSENTIAL])]:
+        lines += ["", title + ":"] + [describe(option) for option in options]
+    if not long:
+        return "\n".join(lines) + "\n" + SHORT_FOOTER
+    lines += [FOOTER] + [entry("  " + code, meaning, 10) for code, meaning in exit_codes()]
+    lines += [entry("", "With a COMMAND: the command's own, and 124 after --command-timeout.", 10)]
     return "\n".join(lines) + "\n" + EXAMPLES
 
 
-def readme_tables():
-    """Return the README's two tables in Markdown: {"options": text, "exit-codes": text}."""
-    rows = ["| flag | variable | default | what it does |", "|---|---|---|---|"]
-    for option in OPTIONS:
-        flags = [option.short] * bool(option.short) + [" ".join(filter(None, (option.flag, option.metavar)))]
-        cells = [", ".join("`{}`".format(flag) for flag in flags)]
-        cells += ["`{}`".format(cell) if cell else "" for cell in (option.variable, option.default)]
-        rows.append("| {} | {} |".format(" | ".join(cells), about(option)))
-    codes = ["| exit code | meaning |", "|---|---|"] + ["| {} | {} |".format(*row) for row in exit_codes()]
-    return {"options": "\n".join(rows) + "\n", "exit-codes": "\n".join(codes) + "\n"}
-
-
 def completion(shell):
-    """Return the completion script of "bash", "zsh" or "fish"."""
+    """Return the completion script of "bash", "zsh" or "fish". It leaves out the flags that undo others."""
     return {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}[shell]()
 
 
 def bash_completion():
-    """For bash 3.2 or later; where it proposes nothing, the shell's own file names stand in."""
+    """For bash 4 or later: only its compopt quotes the names of files."""
     case = '        {}) COMPREPLY=($(compgen -W "{}" -- "$cur")); return ;;\n'
-    cases = "".join(case.format(option.flag, " ".join(option.choices))
-                    for option in OPTIONS if option.choices)
-    values = "|".join(option.flag for option in OPTIONS if not (option.is_boolean or option.choices))
-    words = " ".join(flag for option in OPTIONS for flag in option.flags)
+    cases = [case.format(option.flag, " ".join(option.choices)) for option in OPTIONS if option.choices]
+    paths = "|".join(option.flag for option in OPTIONS if option.path)
+    values = "|".join(option.flag for option in OPTIONS if option.metavar)
+    words = " ".join(flag for option in OPTIONS for flag in (option.flag, option.short) if flag)
     return """_packtrack_logger() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} i
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
-        if [ "${COMP_WORDS[i]}" = -- ]; then
-            [ $((i + 1)) -eq "$COMP_CWORD" ] && COMPREPLY=($(compgen -c -- "$cur"))
-            return
-        fi
+        [ "${COMP_WORDS[i]}" = -- ] || continue
+        ((i + 1 < COMP_CWORD)) || COMPREPLY=($(compgen -c -- "$cur"))
+        compopt -o default 2>/dev/null; return
     done
     if [ "$cur" = = ]; then cur=; elif [ "$prev" = = ]; then prev=${COMP_WORDS[COMP_CWORD-2]}; fi
     case $prev in
-%s        %s) return ;;
+%s        %s) compopt -o default 2>/dev/null; return ;;
+        %s) return ;;
     esac
     COMPREPLY=($(compgen -W "%s" -- "$cur"))
 }
-complete -o default -F _packtrack_logger packtrack-logger packtrack-logger.pyz
-""" % (cases, values, words)
+complete -F _packtrack_logger packtrack-logger packtrack-logger.pyz
+""" % ("".join(cases), paths, values, words)
 
 
 def zsh_completion():
     """For a file _packtrack-logger on $fpath, or to be sourced after compinit."""
     lines = []
     for option in OPTIONS:
-        value = ""
-        if not option.is_boolean:
-            words = "({})".format(" ".join(option.choices)) if option.choices else " "
-            value = ":{}:{}".format(option.metavar, "_files" if option.path else words)
-        text = re.sub(r"([][:\\])", r"\\\1", option.help.rstrip(":")).replace("'", "'\\''")
-        lines += ["    '{}[{}]{}' \\".format(flag, text, value) for flag in option.flags]
+        action = "_files" if option.path else "(" + " ".join(option.choices) + ")" if option.choices else " "
+        value = ":{}:{}".format(option.metavar, action) if option.metavar else ""
+        text = re.sub(r"([][:\\])", r"\\\1", about(option)).replace("'", "'\\''")
+        form = ("'*{}[{}]{}'" if option.name == "meta" else "'{}[{}]{}'").format
+        lines += [form(flag, text, value) for flag in (option.flag, option.short) if flag]
     return """#compdef packtrack-logger packtrack-logger.pyz
 _packtrack_logger() {
-  _arguments -S \\
-%s
-    '*::command:_normal'
+  local -i end=${words[(i)--]}
+  if (( end < CURRENT )); then
+    shift $end words
+    (( CURRENT -= end ))
+    _normal
+    return
+  fi
+  _arguments %s
 }
-if [ "$funcstack[1]" = _packtrack-logger ]; then
-  _packtrack_logger "$@"
-else
-  compdef _packtrack_logger packtrack-logger packtrack-logger.pyz
-fi
-""" % "\n".join(lines)
+if [[ $funcstack[1] = _packtrack-logger ]]; then _packtrack_logger "$@"
+else compdef _packtrack_logger packtrack-logger packtrack-logger.pyz; fi
+""" % " \\\n    ".join(lines)
 
 
 def fish_completion():
     """To be sourced, or kept in fish's completions directory."""
-    lines = []
+    lines = [
+        "complete -c packtrack-logger.pyz -w packtrack-logger",
+        "complete -c packtrack-logger -f",
+        "complete -c packtrack-logger -n 'contains -- -- (commandline -opc)' "
+        "-a '(complete -C (commandline -cp | string replace -r \"^.*? -- +\" \"\"))'",
+    ]
     for option in OPTIONS:
-        value = "" if option.is_boolean else " -r -F" if option.path else " -x"
-        if option.choices:
-            value = " -x -a '{}'".format(" ".join(option.choices))
-        text = option.help.rstrip(":").replace("'", "\\'")
-        for flag in option.flags:
-            name = "-l " + flag[2:] if flag.startswith("--") else "-s " + flag[1:]
-            lines.append("complete -c packtrack-logger {}{} -d '{}'".format(name, value, text))
+        value = " -r -F" if option.path else " -x" if option.metavar else ""
+        value += " -a '{}'".format(" ".join(option.choices)) if option.choices else ""
+        short = " -s " + option.short[1:] if option.short else ""
+        text = about(option).replace("\\", "\\\\").replace("'", "\\'")
+        lines.append("complete -c packtrack-logger -l {}{}{} -d '{}'".format(option.name, short, value, text))
     return "\n".join(lines) + "\n"
+
+
+def about(option):
+    """Return what an option is for, with its default, for completions, which show it alone."""
+    return option.help + (" [default {}]".format(option.default) if option.default else "")
 
 
 # ---- Events: pure functions from records to records; no files, no clock ------------------------------------
@@ -665,6 +823,8 @@ ANCHORS = {"source": "system", "workflow": "id", "actor": "id"}
 MAX_RECORD = 16 << 20
 MAX_DEPTH = 500
 MAX_DIGITS = 4300
+TOO_LONG = "a record of more than 16 MiB"
+TOO_DEEP = "more than {} levels of nesting".format(MAX_DEPTH)
 JSON_BLANKS = " \t\r\n"
 
 
@@ -675,67 +835,55 @@ def _finite(text):
     return value
 
 
+def _whole(text):
+    if len(text) > MAX_DIGITS:  # int() takes time by the square of it, and newer versions refuse it
+        raise ValueError("a number of more than {} digits".format(MAX_DIGITS))
+    return int(text)
+
+
 def _no_constant(name):
     raise ValueError("{} is not JSON".format(name))
 
 
 # The C scanner that json.loads calls, called directly: no wrapper per record, and it reads from any position.
-scan_once = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant).scan_once
+scan_once = json.JSONDecoder(parse_float=_finite, parse_int=_whole, parse_constant=_no_constant).scan_once
 
 
-def bulk_fault(text):
-    """Return what is wrong with large JSON text that Python versions would disagree about, or None."""
+def exceeded_limit(text, value):
+    """Return which limit a value and its JSON text exceed, about which Python versions disagree, or None."""
     if len(text) > MAX_RECORD:
-        return "a record of more than 16 MiB"
-    may_nest = text.count("[") + text.count("{") > MAX_DEPTH
-    if len(text) <= MAX_DIGITS and not may_nest:
-        return None
-    # A run of more than 4300 digits holds a character whose position is a multiple of 4300.
-    run = re.compile(r"[0-9]{%d}" % (MAX_DIGITS + 1))
-    if not may_nest and not any(
-            text[middle] in DIGITS and run.search(text, middle - MAX_DIGITS, middle + MAX_DIGITS + 1)
-            for middle in range(MAX_DIGITS, len(text), MAX_DIGITS)):
-        return None
-    depth, in_string = 0, False
-    for match in re.finditer(r'\\.|["\][{}]|[0-9]{%d}' % (MAX_DIGITS + 1), text):
-        token = match.group()
-        if token == '"':
-            in_string = not in_string
-        elif in_string or token[0] == "\\":
-            continue
-        elif token in "[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                return "more than {} levels of nesting".format(MAX_DEPTH)
-        elif token in "]}":
-            depth -= 1
-        else:
-            return "a number of more than {} digits".format(MAX_DIGITS)
-    return None
+        return TOO_LONG
+    depth, level = 0, [value] if text.count("[") + text.count("{") > MAX_DEPTH else []
+    while level:
+        level = [item for item in level if type(item) in (dict, list)]
+        depth += bool(level)
+        level = [inner for item in level for inner in (item.values() if type(item) is dict else item)]
+    return TOO_DEEP if depth > MAX_DEPTH else None
 
 
-def json_fault(error):
-    """Return what an error of scan_once says, in words that quote nothing, and its position or None."""
+def describe_json_error(error):
+    """Return what an error of scan_once means, quoting nothing, and its position in the text or None."""
     if isinstance(error, RecursionError):
-        return "more than {} levels of nesting".format(MAX_DEPTH), None
+        return TOO_DEEP, None
     if isinstance(error, StopIteration):
-        return "not JSON: a value is expected", error.value
+        return "invalid JSON: expected a value", error.value
     if not isinstance(error, json.JSONDecodeError):  # a ValueError of _finite's or _no_constant's
         return str(error), None
-    return "not JSON: " + (error.msg[:1].lower() + error.msg[1:]).replace(" starting at", ""), error.pos
+    return "invalid JSON: " + re.sub("( starting)? at$", "", error.msg[:1].lower() + error.msg[1:]), error.pos
 
 
 def parse_json(text):
-    """Return the value of JSON text, strictly. Raises InputError that tells what and where, not quoted."""
-    fault, position = bulk_fault(text), None
-    if fault is None:
-        try:
-            value, end = scan_once(text, len(text) - len(text.lstrip(JSON_BLANKS)))
-            if not text[end:].strip(JSON_BLANKS):
-                return value
-            fault, position = "not JSON: something follows the value", end
-        except (ValueError, StopIteration, RecursionError) as error:
-            fault, position = json_fault(error)
+    """Return the value of JSON text, strictly. Raises InputError, which says where and quotes nothing."""
+    position = None
+    try:
+        value, end = scan_once(text, len(text) - len(text.lstrip(JSON_BLANKS)))
+        fault = exceeded_limit(text, value)
+        if text[end:].strip(JSON_BLANKS):
+            fault, position = "invalid JSON: extra data", len(text) - len(text[end:].lstrip(JSON_BLANKS))
+        if fault is None:
+            return value
+    except (ValueError, StopIteration, RecursionError) as error:
+        fault, position = describe_json_error(error)
     if position is not None:
         fault = "{} at column {}".format(fault, position - text.rfind("\n", 0, position))
     raise InputError(fault)
@@ -755,7 +903,7 @@ def dump_json(value):
 
 
 def check_event(event):
-    """Raise InvalidError, which names the field, unless event (a dict) is a complete and valid event."""
+    """Raise InvalidError, which names the fields, unless event (a dict) is a complete and valid event."""
     _check_names("", event, FIELDS)
     for part in tuple(PARTS) + OBJECTS:
         if event.get(part) is not None:
@@ -763,22 +911,26 @@ def check_event(event):
                 raise InvalidError("must be an object", where=part)
             if part in PARTS:
                 _check_names(part + ".", event[part], PARTS[part])
-    for path in ("timestamp",) + REQUIRED:
-        value = _value(event, path)
-        if value is None or value == "":
-            raise InvalidError("is required" if value is None else "must not be empty", where=path)
+    missing = [path for path in ("timestamp",) + REQUIRED if field_value(event, path) is None]
+    if missing:
+        raise InvalidError("missing required " + ", ".join(missing))
     for path in TEXTS:
-        value = _value(event, path)
+        value = field_value(event, path)
         if value is not None and type(value) is not str:
             raise InvalidError("must be a string", where=path)
+        if value == "" and path in REQUIRED:
+            raise InvalidError("must not be empty", where=path)
     for path in ("severity", "status", "timestamp"):
         try:
+            if not event[path]:
+                raise ValueError("must not be empty")
             BY_NAME[path].parse(event[path])
         except ValueError as error:
             raise InvalidError(str(error), where=path)
 
 
-def _value(event, path):
+def field_value(event, path):
+    """Return the value of an event's field, such as "source.env", or None."""
     part, _, name = path.partition(".")
     value = event.get(part)
     return value.get(name) if name and value is not None else value
@@ -787,8 +939,8 @@ def _value(event, path):
 def _check_names(prefix, record, known):
     for name in record:
         if name not in known:
-            why = 'unknown field{} (what is your own belongs under "metadata")'.format(nearest(name, known))
-            raise InvalidError(why, where=prefix + printable(name))
+            raise InvalidError('unknown field "{}"{}; put custom fields under "metadata"'.format(
+                prefix + printable(name), nearest(prefix + name, [prefix + field for field in known])))
 
 
 def complete_event(event, defaults, now):
@@ -797,13 +949,6 @@ def complete_event(event, defaults, now):
     defaults: an event of any fields. now: the timestamp, text, of an event that has none. What the event says
     wins. Raises InvalidError if the result is not a valid event.
     """
-    result = fill_event(event, defaults, now)
-    check_event(result)
-    return result
-
-
-def fill_event(event, defaults, now):
-    """complete_event without its check."""
     result = {}
     for name in FIELDS + tuple(name for name in event if name not in FIELDS):
         own, default = event.get(name), defaults.get(name)
@@ -812,18 +957,15 @@ def fill_event(event, defaults, now):
             own = {key: own[key] for key in own if own[key] is not None or key not in PARTS[name]}
             if anchor in own and own[anchor] != default.get(anchor):
                 default = {key: default[key] for key in default if key == "type"}
-            own = _merge(own, default) if own else dict(default)
+            own = dict(default, **own)
         elif name in OBJECTS and type(own) is dict:
-            own = _merge(own, default or {})
+            own = dict(default, **own) if default else own
         elif own is None:
             own = default or (now if name == "timestamp" else None)
         if own not in (None, {}) or name not in FIELDS or name in OBJECTS and own is not None:
             result[name] = own
+    check_event(result)
     return result
-
-
-def _merge(own, default):
-    return dict(own, **{key: default[key] for key in default if key not in own}) if default else own
 
 
 def completeness_test(defaults):
@@ -862,12 +1004,7 @@ def completeness_test(defaults):
             return False
 
     def lacks_nothing(event):
-        if is_complete(event):
-            for part, name in wanted:
-                if name not in event.get(part, ()):
-                    return False
-            return True
-        return False
+        return is_complete(event) and all(name in event.get(part, ()) for part, name in wanted)
 
     return lacks_nothing if wanted else is_complete
 
@@ -889,333 +1026,157 @@ def utc_timestamp(seconds):
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + ".{:06d}Z".format(micros)
 
 
-# ---- Input: from streams to records; no network ------------------------------------------------------------
+# ---- Input: from streams to lists of records; no network ---------------------------------------------------
 
 # Read and validated at a time. Larger blocks are mapped anew by malloc each time, a tenth of the whole cost.
 BLOCK = 1 << 16
-SPOOL_IN_MEMORY = 4 << 20
-BULKY = 1000
+SMALL = 1000
 BLANK = b" \t\r\n"
 BOM = b"\xef\xbb\xbf"
-
-
-class Watch:
-    """Bounds whatever waits: by the run's deadline, and by INT and TERM.
-
-    Waiting is done inside `with watch:`. Only there does a signal raise Interrupted, so that no accounting is
-    cut in two; elsewhere it is noted, and raised where the next wait begins. seconds: the deadline of the run
-    from now, or None. now, pause: the monotonic clock and the way to sleep.
-    """
-
-    def __init__(self, seconds=None, now=time.monotonic, pause=time.sleep):
-        self.now, self.pause, self.signals, self._waiting = now, pause, [], False
-        self.deadline = None if seconds is None else now() + seconds
-
-    def handle_signal(self, number, frame=None):
-        """The handler of INT and TERM. One that interrupts another leaves it to that one to raise."""
-        self.signals.append(number)
-        if self._waiting and getattr(frame, "f_code", None) is not Watch.handle_signal.__code__:
-            self._waiting = False
-            raise Interrupted()
-
-    def count_signals(self):
-        """Return how many signals came.
-
-        Where two come at once and the first's handler raises, CPython leaves the second's for later, which
-        may be never; to touch the mask runs it.
-        """
-        import signal
-
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        return len(self.signals)
-
-    def __enter__(self):
-        self._waiting = True
-        self.check()
-
-    def __exit__(self, *_):
-        self._waiting = False
-
-    def check(self):
-        if self.signals:
-            self._waiting = False
-            raise Interrupted()
-
-    def left(self, limit=None):
-        """Return the seconds left, at most limit, or None. Raises RetriesExhaustedError past the deadline."""
-        if self.deadline is None:
-            return limit
-        left = self.deadline - self.now()
-        if left <= 0:
-            raise RetriesExhaustedError("the run's deadline has passed", kind="deadline", ends_run=True)
-        return left if limit is None else min(left, limit)
-
-    def sleep(self, seconds):
-        with self:
-            self.pause(seconds)
-
-    def stop(self):
-        """Make the next wait raise Interrupted."""
-        self.signals.append(-1)
-
-
-class ThreadWatch(Watch):
-    """The Watch of a thread that no signal reaches: another thread's stop() ends its sleep too."""
-
-    def __init__(self, deadline=None):
-        import threading
-
-        self._bell = threading.Event()
-        super().__init__(pause=self._bell.wait)
-        self.deadline = deadline
-
-    def stop(self):
-        super().stop()
-        self._bell.set()
-
-
-def start_thread(work):
-    """Start a daemon thread that no signal reaches: one it took would not wake the main thread."""
-    import signal
-    import threading
-
-    thread = threading.Thread(target=work, daemon=True)
-    mask = getattr(signal, "pthread_sigmask", None)  # Windows gives signals to the main thread alone
-    before = mask and mask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        thread.start()
-    finally:
-        if mask:
-            mask(signal.SIG_SETMASK, before)
-    return thread
+# Tokens that decide where a JSON value ends; an escape that the data cuts off is looked at again.
+TOKEN = re.compile(rb'\\(?:.|\Z)|["{}\[\]]', re.DOTALL)
+# What the reading of an array expects next: its begin, the first element, the next one, what comes after one.
+STEPS = {("begin", "["): "first", ("first", "]"): "end", ("after", ","): "next", ("after", "]"): "end"}
+OUT_OF_STEP = {
+    "begin": "not a JSON object or array",
+    "after": "invalid JSON: expected a comma or the end of the array",
+    "end": "invalid JSON: extra data",
+}
 
 
 class Source:
-    """A file, a pipe or standard input ("-"), open for reading.
+    """An open file, pipe or standard input ("-"); made by main, read by the thread that runs the Reader.
 
-    name: for messages. is_file: whether it is a regular file, which can be read twice. Raises InputError.
+    name: for messages. mode: as of fstat. is_file: whether it is a regular file. Raises InputError.
     """
 
-    def __init__(self, path, watch):
-        import stat
-
-        self.name, self._watch, self._late = display(path, "standard input"), watch, None
+    def __init__(self, path, limits):
+        self.name, self._limits = display(path, "standard input"), limits
         try:
             if path != "-":
-                # Opening a FIFO waits for its writer; Linux can wait in read() instead, under the deadline.
                 flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-                if sys.platform.startswith("linux") and stat.S_ISFIFO(os.stat(path).st_mode):
-                    descriptor = os.open(path, flags | os.O_NONBLOCK)
-                    os.set_blocking(descriptor, True)
-                else:
-                    with watch:
-                        descriptor = os.open(path, flags)
-                self.raw = io.FileIO(descriptor)
+                # Opening a FIFO waits for its writer; Linux can wait in poll() instead, within the limits.
+                fifo = sys.platform.startswith("linux") and stat.S_ISFIFO(os.stat(path).st_mode)
+                self.raw = io.FileIO(os.open(path, flags | os.O_NONBLOCK if fifo else flags))
             elif sys.stdin is None:
-                raise InputError("is closed", where=self.name)
+                raise InputError("cannot read standard input: it is closed")
             else:
                 self.raw = io.FileIO(0, closefd=False)
-            self.mode = os.fstat(self.raw.fileno()).st_mode
-            self.is_file = stat.S_ISREG(self.mode)
-            self.base = self.raw.tell() if self.is_file else 0
+            self.identity = os.fstat(self.raw.fileno())
+            self.is_file = stat.S_ISREG(self.identity.st_mode)
         except (OSError, ValueError) as error:
-            raise InputError("cannot be read: " + reason(error), where=self.name)
+            raise InputError("cannot read {}: {}".format(self.name, reason(error)))
 
-    def read(self):
-        """Return the bytes that are there, at most BLOCK; b"" at the end."""
+    def chunks(self):
+        """Yield the bytes as they come, at most BLOCK at a time. Raises InputError, and as Limits.check()."""
         try:
             while True:
-                self._watch.left()
+                self._limits.check(reading=True)
                 if not self.is_file:
-                    self._wait()
+                    wait_until_ready(self.raw.fileno(), self._limits, reading=True)
                 chunk = self.raw.read(BLOCK)
-                if chunk is not None:  # None: standard input is non-blocking, and another process was faster
-                    return chunk
+                if chunk == b"":
+                    return
+                if chunk is not None:  # None: non-blocking, and another process was faster
+                    yield chunk
         except OSError as error:
-            raise InputError("cannot be read: " + reason(error), where=self.name)
-
-    def read_block(self):
-        """Return BLOCK bytes, or fewer at the end and before a deadline or signal, which is raised next."""
-        if self._late:
-            raise self._late
-        chunks, size = [], 0
-        try:
-            while size < BLOCK:
-                chunk = self.read()
-                if not chunk:
-                    break
-                chunks.append(chunk)
-                size += len(chunk)
-        except (Interrupted, RetriesExhaustedError) as error:
-            if not chunks:
-                raise
-            self._late = error
-        return b"".join(chunks)
-
-    def _wait(self):
-        import select
-
-        ready = os.name == "nt"  # Windows can only wait for sockets there
-        while not ready:
-            left = self._watch.left()
-            with self._watch:
-                if hasattr(select, "poll"):  # unlike select(), it takes descriptors past 1023
-                    poll = select.poll()
-                    poll.register(self.raw.fileno(), select.POLLIN)
-                    ready = poll.poll(None if left is None else left * 1000 + 1)
-                else:
-                    ready = select.select([self.raw], [], [], left)[0]
+            raise InputError("cannot read {}: {}".format(self.name, reason(error)))
 
     def close(self):
         self.raw.close()
 
 
-class Replay:
-    """Reads a source, and parts of it again: a regular file from itself, a pipe from what was kept of it."""
-
-    def __init__(self, source, keep=True):
-        self.source, self._spool = source, None
-        if keep and not source.is_file:
-            from tempfile import SpooledTemporaryFile
-
-            # In memory, and past that in a file without a name that nobody else can open.
-            self._spool = SpooledTemporaryFile(max_size=SPOOL_IN_MEMORY)
-
-    def read(self):
-        """Return the next block of the source, kept if need be."""
-        chunk = self.source.read_block()
-        if self._spool is not None:
-            try:
-                self._spool.write(chunk)
-            except OSError as error:
-                why = "there is no place to keep it while it is validated ({}); --async needs none"
-                raise InputError(why.format(reason(error)), where=self.source.name)
-        return chunk
-
-    def again(self, start, size):
-        """Return size bytes from start on, fewer if they are no longer there."""
-        file, data = (self.source.raw if self._spool is None else self._spool), b""
-        file.seek(self.source.base + start)
-        while len(data) < size:
-            part = file.read(size - len(data))
-            if not part:
-                break
-            data += part
-        return data
-
-    def close(self):
-        if self._spool is not None:
-            self._spool.close()
-        self.source.close()
+def wait_until_ready(descriptor, limits, reading=False):
+    """Wait until a descriptor can be read, or else written. Raises as Limits.check(), after a first wait."""
+    if not hasattr(select, "poll"):  # Windows can only wait for sockets
+        return
+    poll, seconds = select.poll(), TICK
+    poll.register(descriptor, select.POLLIN if reading else select.POLLOUT)
+    while not poll.poll(seconds * 1000 + 1):
+        seconds = limits.left(reading=reading)
 
 
-class Block:
-    """Records that were read together; after note(), where to find them again.
+class Refused:
+    """Bytes of the input that are no valid record; made by Reader.
 
-    records: their bytes, as they will be sent; those that are refused, as they came. errors: {index: why
-    refused}. start: where the first begins in the stream. data: the stream's bytes from there to the end of
-    the last. as_came: they are lines, none of them blank or completed. broken: the only record is the whole
-    rest of the stream, in which records cannot be told apart.
+    raw: as they came. error: what is wrong, or None where they continue the ones before. ends: whether the
+    record ends here.
     """
 
-    __slots__ = ("records", "errors", "start", "data", "as_came", "broken",
-                 "size", "checksum", "count", "gap")
+    __slots__ = ("raw", "error", "ends")
 
-    def __init__(self, records, errors, start, data, as_came=False, broken=False):
-        self.records, self.errors, self.start, self.data = records, errors, start, data
-        self.as_came, self.broken = as_came, broken
-
-    def note(self):
-        """Forget the bytes; remember what a second reading needs."""
-        from zlib import crc32
-
-        self.size, self.checksum = len(self.data), crc32(self.data)
-        self.count, self.gap = len(self.records), None
-        # Lines as they came, with one byte between any two, which can but be the line break.
-        plain = self.as_came and sum(map(len, self.records)) + self.count - 1 == self.size
-        if self.records and not self.errors:
-            # If cutting at the gap between the first two gives these records, it need not be parsed again.
-            length = len(self.records[0])
-            gap = self.data[length:self.data.find(b"{", length)] if self.count > 1 else b"\n"
-            if gap and (plain or cut_records(self.data, gap) == self.records):
-                self.gap = gap
-        self.records = self.errors = self.data = None
-
-    def read_again(self, replay, scanner):
-        """Return the records, and {index: error}. Raises InputError if they are not what they were."""
-        from zlib import crc32
-
-        data = replay.again(self.start, self.size)
-        if len(data) != self.size or crc32(data) != self.checksum:
-            raise InputError("was changed while it was being sent", where=scanner.name)
-        return (cut_records(data, self.gap), {}) if self.gap else scanner.scan_again(data)
+    def __init__(self, raw, error, ends=True):
+        self.raw, self.error, self.ends = raw, error, ends
 
 
-def cut_records(data, gap):
-    """Return the records of bytes in which gap, and nothing else, stands between any two of them."""
-    if b"," not in gap:
-        return data.split(gap)
-    return [b"{" + piece + b"}" for piece in data[1:-1].split(b"}" + gap + b"{")]
+class Reader:
+    """Turns a stream of bytes into lists of valid, complete records; made by main, run by one thread.
 
-
-class Scanner:
-    """Cuts bytes into records, validates and completes them.
-
-    name: of the source, for errors. ndjson: one record a line, else a JSON object or array. defaults: see
-    complete_event. single: after reading, whether it was one object.
+    source: a Source. ndjson: one record a line, else one JSON object or array. defaults: see complete_event.
+    allow_empty: whether there may be no record at all. single: once reading began, whether it is one object.
     """
 
-    def __init__(self, name, ndjson, defaults):
-        self.name, self.ndjson, self.defaults, self.single = name, ndjson, defaults, False
-        self._is_complete = completeness_test(defaults)
+    def __init__(self, source, ndjson, defaults, allow_empty=False):
+        self.name, self.single = source.name, False
+        self._source, self._ndjson, self._allow_empty = source, ndjson, allow_empty
+        self._defaults, self._is_complete = defaults, completeness_test(defaults)
+        self._line, self._counted = 1, 0
+        self._state = "begin"  # of an array; see STEPS. "broken": its elements can no longer be told apart
         self._skip_blanks = re.compile(r"[ \t\r\n]*").match
-        self._skip_to_object = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)").match
+        self._next_object = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)").match
 
-    def blocks(self, read):
-        """Yield the Blocks of a stream; read() returns bytes, b"" at the end. Raises InputError if empty."""
-        head, empty = b"", True
-        while len(head) < 4:
-            chunk = read()
-            if not chunk:
-                break
+    def records(self):
+        """Yield lists of records (bytes), and a Refused for what is none. Raises as Source.chunks()."""
+        found = False
+        for item in (self._lines if self._ndjson else self._elements)(self._text_chunks()):
+            found = True
+            yield item
+        if not (found or self._allow_empty):
+            raise InputError("no events found", where=self.name)
+
+    def _text_chunks(self):
+        """Yield the source's chunks without a byte order mark. Raises InputError where it is no text."""
+        head, chunks = b"", self._source.chunks()
+        for chunk in chunks:
             head += chunk
+            if len(head) > 3:
+                break
         if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise InputError("is UTF-16; convert it to UTF-8", where=self.name)
-        start = len(BOM) if head.startswith(BOM) else 0
-        for block in (self._lines if self.ndjson else self._elements)(read, head[start:], start):
-            if block.records:
-                empty = False
-                yield block
-        if empty:
-            raise InputError("is empty: there is no event in it", where=self.name)
+            raise InputError("is UTF-16: convert it to UTF-8", where=self.name)
+        if head[:2] == b"\x1f\x8b":
+            raise InputError("is gzip-compressed; use: zcat FILE | packtrack-logger --stdin", where=self.name)
+        yield head[len(BOM):] if head.startswith(BOM) else head
+        yield from chunks
 
-    def scan_again(self, data):
-        if self.ndjson:
-            block = self._line_block(data, 0, 1)[0]
-            return block.records, block.errors
-        return self._element_block(data if self.single else data + b"]", 0, False, True, 1)[:2]
+    def _locate(self, data, position):
+        """Return the source and line of a position in data; each line is counted once."""
+        self._line += data.count(b"\n", self._counted, position)
+        self._counted = position
+        return "{}:{}".format(self.name, self._line)
 
-    def _lines(self, read, data, start):
-        line, final = 1, not data
-        while not final:
-            end = data.rfind(b"\n") + 1
-            if end:
-                block, lines = self._line_block(data[:end], start, line)
-                yield block
-                line, start, data = line + lines, start + end, data[end:]
-            elif len(data) > MAX_RECORD:
-                yield self._broken(data, start, line, 0, "a line of more than 16 MiB")
-                return
-            chunk = read()
-            final = not chunk
-            data += chunk
-        if data:
-            yield self._line_block(data, start, line)[0]
+    def _lines(self, chunks):
+        held, size, too_long = [], 0, False
+        for chunk in chunks:
+            if too_long:  # its rest is kept as it came, up to the next line break
+                rest, line_break, chunk = chunk.partition(b"\n")
+                yield Refused(rest, None, ends=bool(line_break))
+                too_long, self._line = not line_break, self._line + bool(line_break)
+            cut = chunk.rfind(b"\n") + 1
+            if cut:
+                yield from self._whole_lines(b"".join(held) + chunk[:cut])
+                held, size = [], 0
+            held.append(chunk[cut:])
+            size += len(chunk) - cut
+            if size > MAX_RECORD + BLOCK:  # there may be blanks around the record
+                where = "{}:{}".format(self.name, self._line)
+                yield Refused(b"".join(held), InputError(TOO_LONG, where=where), ends=False)
+                held, size, too_long = [], 0, True
+        if too_long:
+            yield Refused(b"", None)
+        yield from self._whole_lines(b"".join(held))
 
-    def _line_block(self, data, start, line):
-        """Return the Block of whole lines, and how many they are."""
-        records, errors, blanks, as_came, position, size = [], {}, 0, True, 0, len(data)
+    def _whole_lines(self, data):
+        records, position, size, trusted = [], 0, len(data), True
         text, valid = as_text(data)
         is_complete, scan, find, append = self._is_complete, scan_once, text.find, records.append
         while position < size:
@@ -1223,142 +1184,156 @@ class Scanner:
             if end < 0:
                 end = size
             try:
-                event, stop = scan(text, position)
+                event, stop = scan(text, position) if trusted else (None, size + 1)
                 if (valid and is_complete(event)
                         and (stop == end or stop < end and not text[stop:end].strip(JSON_BLANKS))
-                        and (stop - position <= BULKY or bulk_fault(text[position:stop]) is None)):
+                        and (stop - position <= SMALL or exceeded_limit(text[position:stop], event) is None)):
                     append(data[position:stop])
                     position = end + 1
                     continue
             except (ValueError, StopIteration, RecursionError):
                 pass
-            raw, as_came = data[position:end].strip(BLANK), False
-            if raw:
-                self._examine(raw, records, errors, line + len(records) + blanks)
-            else:
-                blanks += 1
+            raw = data[position:end].strip(BLANK)
+            record = self._complete(raw, data, position) if raw else None
+            if type(record) is Refused:
+                if records:
+                    yield records
+                hint = " (one object per line, no commas between)" if raw[-1:] == b"," else ""
+                if self._line == 1 and (raw == b"{" or raw[:1] == b"["):
+                    hint = "; for a JSON object or array omit --ndjson"
+                record.error.args = record.error.args[0] + hint,
+                yield record
+                # scan() does not stop at a line's end: what is wrong could make it read on, line after line
+                records, trusted = [], False
+                append = records.append
+            elif raw:
+                append(record)
             position = end + 1
-        edges = records[0][:1] + records[0][-1:] if records else b""
-        if line == 1 and 0 in errors and edges in (b"{{", b"[[", b"[,"):
-            why = errors[0].args[0] + "; leave out --ndjson if this is one JSON object or array"
-            errors[0] = InputError(why, where=errors[0].where)
-        begin = size - len(data.lstrip(BLANK))
-        data = data[begin:].rstrip(BLANK)
-        return Block(records, errors, start + begin, data, as_came), len(records) + blanks
+        self._locate(data, size)
+        self._counted = 0
+        if records:
+            yield records
 
-    def _examine(self, raw, records, errors, line):
-        """Add the record whose bytes are raw to records, completed, or as it came with its error."""
+    def _complete(self, raw, data, position):
+        """Return the completed record whose bytes are raw, or a Refused; it begins at a position of data."""
         try:
             event = parse_json(raw.decode("utf-8"))
             if type(event) is not dict:
                 raise InputError("not a JSON object")
-            completed = fill_event(event, self.defaults, utc_timestamp(time.time()))
-            if not self._is_complete(completed):
-                check_event(completed)
-            records.append(raw if completed == event else dump_json(completed))
-        except (PackTrackError, UnicodeDecodeError) as error:
-            if isinstance(error, UnicodeDecodeError):
-                error = InputError("not UTF-8")
-            errors[len(records)] = type(error)(str(error), where="{}:{}".format(self.name, line))
-            records.append(raw)
+            completed = complete_event(event, self._defaults, utc_timestamp(time.time()))
+            return raw if completed == event else dump_json(completed)
+        except UnicodeDecodeError:
+            return Refused(raw, InputError("invalid UTF-8", where=self._locate(data, position)))
+        except PackTrackError as error:
+            return Refused(raw, type(error)(str(error), where=self._locate(data, position)))
 
-    def _broken(self, data, start, line, position, why):
-        """Return the Block of the rest of a stream in which no record can be told apart."""
-        where = "{}:{}".format(self.name, line + data.count(b"\n", 0, position))
-        return Block([data.strip(BLANK)], {0: InputError(why, where=where)}, start, b"", broken=True)
+    def _elements(self, chunks):
+        """Read one object or an array; only an element that is not whole yet is held back."""
+        held, boundary = bytearray(), None
+        for chunk in chunks:
+            held += chunk
+            if self._state == "broken":
+                yield Refused(bytes(held), None, ends=False)
+                held.clear()
+                continue
+            whole = boundary is None or boundary.found(held)
+            if whole or len(held) > MAX_RECORD:
+                del held[:(yield from self._whole_elements(bytes(held), final=not whole))]
+                boundary = Boundary() if held else None
+        if self._state != "broken":
+            yield from self._whole_elements(bytes(held), final=True)
+        if self._state == "broken":
+            yield Refused(b"", None)
 
-    def _elements(self, read, data, start):
-        """Yield the Blocks of one object or of an array, which is not kept longer than a block."""
-        line, after, final = 1, False, not data
-        while not final and not data.lstrip(BLANK):
-            line, start, data = line + data.count(b"\n"), start + len(data), read()
-            final = not data
-        begin = len(data) - len(data.lstrip(BLANK))
-        self.single = data[begin:begin + 1] == b"{"
-        if data and not self.single and data[begin:begin + 1] != b"[":
-            yield self._broken(data, start, line, begin, "not a JSON object or array")
-            return
-        position = begin if self.single else begin + 1
-        while data:
-            records, errors, first, end, after, why = self._element_block(data, position, after, final, line)
-            if records:
-                yield Block(records, errors, start + first, data[first:end])
-            if why is None:
-                return
-            line, start, position = line + data.count(b"\n", 0, end), start + end, max(0, position - end)
-            data = data[end:]
-            if why or len(data) > MAX_RECORD:
-                where, why = why or (end, "a record of more than 16 MiB")
-                yield self._broken(data, start, line, where - end, why)
-                return
-            wanted = 2 * len(data)  # a record that was not whole is tried again when there is twice as much
-            while not final and len(data) <= wanted:
-                chunk = read()
-                final = not chunk
-                data += chunk
+    def _whole_elements(self, data, final):
+        """Yield the elements that are whole; return how many bytes of data are done with.
 
-    def _element_block(self, data, position, after, final, line):
-        """Read elements from position on; after: an element, so a comma or the end comes first.
-
-        Return records, errors, where the first begins and the last ends, whether an element came before that
-        end, and None where the whole ended, () where more bytes are needed, or (position, why) where the JSON
-        is wrong.
+        final: nothing follows. One flat loop, as it runs once a record.
         """
-        records, errors, first, end, size = [], {}, 0, position if after else 0, len(data)
+        records, position, size, state, why, fault_at = [], 0, len(data), self._state, None, None
         text, valid = as_text(data)
-        is_complete, scan, skip_to_object = self._is_complete, scan_once, self._skip_to_object
+        is_complete, scan, next_object = self._is_complete, scan_once, self._next_object
         while True:
-            match = skip_to_object(text, end) if after and not self.single else None
+            match = next_object(text, position) if state == "after" else None
             if match:
                 position = match.end()
             else:
-                position, why = self._next_element(text, end if after else position, after, final)
-                if position is None:
+                position = self._skip_blanks(text, position).end()
+                if position == size:
                     break
+                step = STEPS.get((state, text[position]))
+                if step:
+                    state, position = step, position + 1
+                    continue
+                if state in ("after", "end") or state == "begin" and text[position] != "{":
+                    why = OUT_OF_STEP[state]
+                    if self.single and text[position] == "{":
+                        why = "more than one JSON object: use --ndjson for one object per line"
+                    break
+                self.single = state == "begin"
+                if text[position] not in '{["' and not final and not Boundary().found(data[position:]):
+                    break  # a number or a word, which may go on
             try:
                 event, stop = scan(text, position)
             except (ValueError, StopIteration, RecursionError) as error:
-                fault, place = json_fault(error)
-                # Cut off by the end of the data, if it went wrong at the end, or in an open string.
-                cut_off = place is not None and (size - place < 16 or "nterminated" in fault)
-                why = () if cut_off and not final else (position if place is None else place, fault)
+                why, fault_at = describe_json_error(error)
+                # Cut off by the end of the data: the fault is there, or in a string that is still open.
+                cut_off = fault_at is not None and (size - fault_at < 16 or "nterminated" in why)
+                if cut_off and not final and not Boundary().found(data[position:]):
+                    why = None
                 break
-            if stop == size and not final:
-                why = ()
-                break
-            first = first if records else position
-            if valid and is_complete(event) and (
-                    stop - position <= BULKY or bulk_fault(text[position:stop]) is None):
+            if (valid and is_complete(event)
+                    and (stop - position <= SMALL or exceeded_limit(text[position:stop], event) is None)):
                 records.append(data[position:stop])
             else:
-                self._examine(data[position:stop], records, errors, line + data.count(b"\n", 0, position))
-            end, after = stop, True
-        return records, errors, first, end, after, why
+                record = self._complete(data[position:stop], data, position)
+                if type(record) is Refused:
+                    if records:
+                        yield records
+                    yield record
+                    records = []
+                else:
+                    records.append(record)
+            position, state = stop, "end" if self.single else "after"
+        if records:
+            yield records
+        if final and state not in ("begin", "end"):
+            why = TOO_LONG if size > MAX_RECORD else why or "invalid JSON: it ends too early"
+        if why:
+            where = self._locate(data, position if fault_at is None else fault_at)
+            yield Refused(data[position:], InputError(why, where=where), ends=False)
+            position, state = size, "broken"
+        elif state == "after" and position < size:
+            state = "next"  # the comma is done with
+        self._locate(data, position)
+        self._counted, self._state = 0, state
+        return position
 
-    def _next_element(self, text, position, after, final):
-        """Return where the next element begins and (), or None and what _element_block says of it."""
-        size, position = len(text), self._skip_blanks(text, position).end()
-        if after and text[position:position + 1] == "," and not self.single:
-            position = self._skip_blanks(text, position + 1).end()
-            if position < size:
-                return position, ()
-        if position == size:
-            if not final:
-                return None, ()
-            fault = position, "not JSON: it ends before the array does"
-            return None, None if after and self.single else fault
-        if not after and (self.single or text[position] != "]"):
-            return position, ()
-        if self.single and text[position] == "{":
-            return None, (position, "several JSON objects one after another; for one a line add --ndjson")
-        if self.single:
-            return None, (position, "not JSON: something follows the object")
-        if text[position] != "]":
-            return None, (position, "not JSON: a comma or the array's end is expected")
-        end = self._skip_blanks(text, position + 1).end()
-        if end < size:
-            return None, (end, "not JSON: something follows the array")
-        return None, None if final else ()
+
+class Boundary:
+    """Finds the end of a JSON value that comes in pieces; made by Reader for an element that is not whole."""
+
+    def __init__(self):
+        self._position, self._depth, self._in_string = 0, 0, False
+
+    def found(self, data):
+        """Return whether the value that data begins with is whole. From call to call data only grows."""
+        if data[:1] not in (b"{", b"[", b'"'):
+            match, self._position = re.search(rb"[,\]}\s]", data[self._position:]), len(data)
+            return match is not None
+        for match in TOKEN.finditer(data, self._position):
+            token = match.group()
+            if token == b"\\":  # the second half of an escape is still to come
+                self._position = match.start()
+                return False
+            if token == b'"':
+                self._in_string = not self._in_string
+            elif not self._in_string and token[:1] != b"\\":
+                self._depth += 1 if token in b"{[" else -1
+            if self._depth <= 0 and not self._in_string:
+                return True
+        self._position = len(data)
+        return False
 
 
 def as_text(data):
@@ -1389,22 +1364,55 @@ def reason(error):
     return words[:1].lower() + words[1:]
 
 
+
+
 # ---- Transport: requests, answers, whether and when to try again; nothing is printed here ------------------
 
-LONGEST_RETRY_AFTER = 60.0
+LONGEST_RETRY_AFTER, NEXT_ADDRESS, BODY_SECONDS = 60.0, 0.25, 1.0
 MOST_OF_BODY, MOST_OF_ERROR = 1 << 20, 1 << 16
-GRACE = 0.3
 ENDS_RUN = (401, 403, 404)
 HTTP_DATES = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")
+SHORTEST_SECRET, TELLING_RUN = 6, 8
+ESCAPES = r"(?:\\u00|\\x|%)([0-9A-Fa-f]{2})|(&#?[0-9A-Za-z]{1,12};?)|\\(.)"
+PROXY = r"(?i)(?:http://)?(?![a-z0-9+.-]*://)(?:(.*)@)?((?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?)/*"
+STATUS_LINE = br"(HTTP/1\.[0-9])[ \t]+([1-9][0-9]{2})(?:[ \t]([^\n]*))?\r?\n"
+EARLY_ANSWER = br"(?m)^HTTP/1\.. +[2-9]"
+PORTS = {"http": "80", "https": "443"}
+WOULD_BLOCK = ("timeout", "TimeoutError", "BlockingIOError", "SSLWantReadError", "SSLWantWriteError")
+HTTP_FAULTS = {"LineTooLong": "sent a header that is too long", "HTTPException": "sent too many headers"}
+TLS_FAULTS = (  # what OpenSSL says, the kind of error (None: another attempt may succeed), our words
+    ("wrong version|http request|unknown protocol|packet length|record layer", None,
+     "{peer} does not speak TLS (use http://?)"),
+    ("unrecognized name", "tls", "{peer} has no TLS certificate for this host name: check --base-url"),
+    ("certificate required", "tls", "{peer} requires a TLS client certificate, which is not supported"),
+    ("handshake failure", "tls", "{peer} refused the TLS handshake (does it require a client certificate?)"),
+    ("sigalg|unsupported protocol|protocol version", "tls",
+     "{peer} supports none of the TLS versions that this Python has"),
+    ("has expired", "certificate", "TLS certificate of {host} has expired"),
+    ("match|no appropriate", "certificate", "TLS certificate of {host} is not valid for {host}"),
+    ("failed: (self.signed|unable to)", "certificate",
+     "TLS certificate of {host} not trusted: unknown issuer{roots}"),
+    ("verify failed:", "certificate", "TLS certificate of {host} not trusted: {openssl}"),
+    ("verify failed", "certificate",  # 3.6 does not say why
+     "TLS certificate of {host} not trusted: unknown issuer or expired{roots}"),
+    ("eof", None, "{peer}: TLS connection closed"),
+    ("", None, "{peer}: TLS: {openssl}"),
+)
+
+
+class AttemptFailed(RetriesExhaustedError):
+    """A failed attempt where another may succeed. retry_after: the seconds that were asked for, or None."""
+
+    retry_after = None
 
 
 def is_retryable(status):
-    """Tell whether a status is worth another try: 429 and 5xx are, every other one is final."""
+    """Return whether a status is worth a retry: 429 and 5xx are, every other one is final."""
     return status == 429 or 500 <= status <= 599
 
 
 def backoff_delay(number, initial, maximum, jitter, random):
-    """Return the seconds to wait after the number-th try, counted from 1.
+    """Return the seconds to wait after the number-th attempt, counted from 1.
 
     initial, maximum: seconds, before jitter. random: a function that returns a float of [0, 1).
     """
@@ -1414,353 +1422,357 @@ def backoff_delay(number, initial, maximum, jitter, random):
 def parse_retry_after(value, now):
     """Return the seconds that a Retry-After header asks for (RFC 9110, 10.2.3), or None if it is nonsense.
 
-    value: the header's text or None. now: seconds since the epoch.
+    value: the header's text or None. now: seconds since the epoch, by the server's clock where it is known.
     """
-    value = (value or "").strip(" \t")
-    if 0 < len(value) < 11 and not value.strip(DIGITS):
-        return float(value)
     import calendar
 
+    value = (value or "").strip(" \t")
+    if re.fullmatch("[0-9]{1,10}", value):
+        return float(value)
     for form in HTTP_DATES:
         try:
             date = time.strptime(value, form)
         except ValueError:
             continue
         if value in (time.strftime(form, date), time.asctime(date)):  # strptime alone is lenient
-            return max(0.0, calendar.timegm(date) - now)
+            return max(0.0, float(calendar.timegm(date) - now))
     return None
 
 
-def look_up(host, port, left):
-    """Return getaddrinfo's addresses of a host; left() tells the seconds left, or raises. Raises OSError."""
+def redact(text, secrets):
+    """Return text with every secret cut out, also where it was escaped for JSON, HTML or a URL."""
+    for secret in (secret for secret in secrets if len(secret) >= SHORTEST_SECRET):
+        from html import escape
+        from urllib.parse import quote
+
+        raw, escaped = secret.encode("utf-8", "surrogateescape"), json.dumps(secret)[1:-1]
+        for form in (escaped, escape(secret, False), quote(raw), quote(raw, safe=""), secret):
+            text = text.replace(form, "***")
+        for size in range(len(secret) - 1, SHORTEST_SECRET - 1, -1):  # a quoted value may be cut within it
+            text = re.sub(re.escape(secret[:size]) + r'(?=\\?")', "***", text)
+    return text
+
+
+def holds_secret(text, secrets):
+    """Return whether text shows a secret's first 6 characters, or any 8 of it in a row.
+
+    The escapes of JSON, repr, HTML and URLs are undone, and base64, also one inside another. Secrets of less
+    than 6 characters are not searched for.
+    """
+    from binascii import a2b_base64
+    from html import unescape
+
+    def character(match):
+        code, entity, other = match.groups()
+        return chr(int(code, 16)) if code else unescape(entity) if entity else other.strip("nrt")
+
+    def squeeze(text):
+        return "".join(filter(str.isprintable, text)).replace(" ", "")
+
+    texts = {squeeze(text)}
+    for _ in range(2):
+        for each in list(texts):
+            runs = re.findall("[A-Za-z0-9+/]{8,}", each.replace("-", "+").replace("_", "/"))
+            runs = [run[start:] + "A" * ((start - len(run)) % 4) for run in runs for start in range(4)]
+            decoded = " ".join(a2b_base64(run).decode("utf-8", "ignore") for run in runs)
+            texts.update(map(squeeze, (each.replace("+", ""), re.sub(ESCAPES, character, each), decoded)))
+    secrets = [squeeze(secret) for secret in secrets if len(secret) >= SHORTEST_SECRET]
+    windows = {secret[:SHORTEST_SECRET] for secret in secrets}
+    windows.update(secret[at:at + TELLING_RUN]
+                   for secret in secrets for at in range(len(secret) - TELLING_RUN + 1))
+    return any(window in each for each in texts for window in windows)
+
+
+def resolve_host(host, port, left, fault):
+    """Return getaddrinfo's addresses of a host. left: returns how long to wait at a time, or raises."""
     import socket
 
-    host = host.encode("ascii")  # bytes: text would import the IDNA codec
-    try:
-        return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
-    except socket.gaierror:
-        pass  # a name
-    found = []
+    host, found = host.encode("ascii"), [MemoryError()]  # bytes: text would import the IDNA codec
 
-    def resolve_name():
+    def resolve(flags=0):
         try:
-            found.append(socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+            found[0] = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, flags)
         except Exception as error:
-            found.append(error)
+            found[0] = error
 
-    # The resolver cannot be told a time limit, so it is left behind in a daemon thread when its time is up.
-    try:
-        thread = start_thread(resolve_name)
+    resolve(socket.AI_NUMERICHOST)
+    if isinstance(found[0], socket.gaierror):  # a name
+        import threading
+
+        # The resolver takes no time limit, so it is left behind in a daemon thread when its time is up.
+        thread = threading.Thread(target=resolve, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no memory or no permission for a thread
+            resolve()
         while thread.is_alive():
-            thread.join(min(left(), PATIENCE))
-    except RuntimeError:  # no memory or no permission for a thread
-        resolve_name()
+            thread.join(left())
+    if isinstance(found[0], socket.gaierror):
+        raise AttemptFailed(fault + printable(found[0].strerror or str(found[0])))
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
 
 
-class TimedSocket(io.RawIOBase):
-    """A connected socket for http.client, whose every operation gets the time that is left of the attempt.
+def connect(addresses, left, clock):
+    """Return a socket connected to one of getaddrinfo's addresses, as RFC 8305 has it. Raises OSError.
+
+    The next address is tried 250 ms after the one before, or once that has failed, and families alternate.
+    """
+    import socket
+
+    families = [address[0] for address in addresses]
+    order = sorted(range(len(families)), key=lambda at: families[:at].count(families[at]))
+    due, fault, pending = 0.0, OSError("no address"), []
+    try:
+        while order or pending:
+            wait = min(left(), NEXT_ADDRESS / 5)
+            if order and (clock() >= due or not pending):
+                due, sock = clock() + NEXT_ADDRESS, None
+                family, kind, protocol, _, address = addresses[order.pop(0)]
+                try:
+                    sock = socket.socket(family, kind, protocol)
+                    sock.setblocking(False)
+                    sock.connect(address)
+                    pending.append(sock)
+                except BlockingIOError:
+                    pending.append(sock)
+                except OSError as error:  # no such family, no route
+                    fault = error
+                    if sock is not None:
+                        sock.close()
+                    continue
+            for sock in set().union(*select.select([], pending, pending, wait)):
+                pending.remove(sock)
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not code:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    return sock
+                fault = OSError(code, os.strerror(code))
+                sock.close()
+    finally:
+        for sock in pending:
+            sock.close()
+    raise fault
+
+
+class Connection(io.RawIOBase):
+    """A connection to the service, kept for the next request; http.client reads from it as from a file.
 
     A socket's own timeout starts anew with each byte, so a drip or an endless run of 1xx answers would
-    outlive it. received: bytes so far. at_end: whether the other side has closed.
+    outlive it; here whatever waits asks left() each time. Client makes it and sets until, the end of the
+    attempt by the clock of limits, and timeout, the seconds that messages name. open() sets peer, as messages
+    name it; prefix and headers, for requests; secrets, the proxy's. received: bytes since the last request.
     """
 
-    def __init__(self, sock, left):
+    def __init__(self, base_url, limits):
         super().__init__()
-        self.sock, self.left, self.received, self.at_end, self._unsent = sock, left, 0, False, []
+        self._base_url, self._limits = base_url, limits
+        self._socket = self._context = None
+        self.peer = self._host = self._stage = ""
+        self._ahead, self.ended, self.received, self.until, self.timeout = b"", False, 0, 0.0, 0.0
+        self.secrets = []
 
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self.sock.settimeout(self.left())
-        count = self.sock.recv_into(buffer)
-        self.received += count
-        self.at_end = not count
-        return count
-
-    def sendall(self, data):
-        """Keep data for send_off(): http.client gives headers and body apart; one packet is better."""
-        self._unsent.append(data)
-
-    def send_off(self):
-        data, sent, self._unsent = b"".join(self._unsent), 0, []
-        with memoryview(data) as view:
-            while sent < len(view):
-                self.sock.settimeout(self.left())
-                sent += self.sock.send(view[sent:])
-
-    def makefile(self, *_, **__):
-        return io.BufferedReader(self)
-
-    def close(self):
-        """http.client closes after each answer; the connection is ended by hang_up()."""
-
-    def is_idle(self):
-        """Tell whether the connection is still open and nothing has come that was not asked for."""
-        try:
-            self.sock.settimeout(0)
-            self.sock.recv(1)
-            return False
-        except OSError as error:  # for TLS: SSLWantReadError, named so that ssl need not be imported
-            return isinstance(error, BlockingIOError) or type(error).__name__ == "SSLWantReadError"
-
-    def hang_up(self):
-        self.sock.close()
-
-
-class KeptConnection:
-    """The handler that urllib's OpenerDirector sends with: one connection, kept for the next request.
-
-    until: when the attempt has to end, by the watch's clock. requests, bytes_sent: what was sent so far.
-    """
-
-    handler_order = 500
-
-    def __init__(self, watch):
-        self._watch, self.until, self.requests, self.bytes_sent = watch, 0.0, 0, 0
-        self._socket = self._context = self._response_class = None
-
-    def add_parent(self, parent):
-        """OpenerDirector asks this of a handler."""
-
-    def http_open(self, request):
-        """Send a urllib Request; return the HTTPResponse with its headers read. Raises OSError and others."""
-        import socket
-
-        fresh = self._socket is None or not self._socket.is_idle()
-        if fresh:
-            self._connect(request)
-        try:
-            return self._exchange(request)
-        except OSError as error:
-            # Closed by the server just when it was used again: nothing was wrong with the request.
-            if fresh or self._socket.received or isinstance(error, socket.timeout):
-                raise
-        self._connect(request)
-        return self._exchange(request)
-
-    https_open = http_open
-
-    def close(self):
-        if self._socket is not None:
-            self._socket.hang_up()
-            self._socket = None
-
-    def abort(self):
-        """End what waits for the connection; may be called from another thread."""
-        import socket
-
-        timed = self._socket
-        if timed is not None:
-            try:
-                socket.socket.shutdown(timed.sock, socket.SHUT_RDWR)
-            except OSError:
-                pass  # no longer connected, which is all that is wanted
-
-    def _left(self):
-        self._watch.check()
-        left = self.until - self._watch.now()
+    def left(self):
+        """Return how long to wait at a time. Raises AttemptFailed when the time is up, and as Limits does."""
+        wait, left = self._limits.left(TICK), self.until - self._limits.clock()
         if left <= 0:
-            import socket
+            raise AttemptFailed("{}timed out after {:g}s".format(self._stage, self.timeout))
+        return max(min(wait, left), 0.001)  # zero would make a socket non-blocking
 
-            raise socket.timeout("the attempt's time is up")
-        return left
+    def open(self):
+        """Connect, through a proxy and with TLS where they are due; return whether it was connected."""
+        try:
+            if self._socket is not None and self._receive(0) is None:
+                return True
+        except OSError:
+            pass
+        self.disconnect()
+        scheme, _, rest = self._base_url.partition("://")
+        origin, slash, path = rest.partition("/")
+        proxy, self.secrets = find_proxy(scheme, origin)
+        host, port = split_host(proxy, "80") if proxy else split_host(origin, PORTS[scheme])
+        name = "proxy " + host if proxy else host
+        self._host, self.peer = host.strip("[]"), name + ":" + port
+        self._stage = "cannot resolve {}: ".format(name)
+        addresses = resolve_host(self._host, int(port), self.left, self._stage)
+        self._stage = self.peer + ": " if proxy else ""
+        self._socket = connect(addresses, self.left, self._limits.clock)
+        basic = {"Proxy-Authorization": "Basic " + self.secrets[0]} if self.secrets else {}
+        self.prefix, self.headers = slash + path, {"Host": origin, "Accept-Encoding": "identity"}
+        if proxy and scheme == "https":
+            self._open_tunnel(*split_host(origin, PORTS[scheme]), headers=basic)
+        elif proxy:
+            self.prefix, self.headers = self._base_url, dict(self.headers, **basic)
+        if scheme == "https":
+            self._start_tls()
+        return False
 
-    def _connect(self, request):
-        import socket
-
-        self.close()
-        tunnel = getattr(request, "_tunnel_host", None)
-        host, port = split_host(request.host, "443" if request.type == "https" and not tunnel else "80")
-        addresses, fault = look_up(host.strip("[]"), int(port), self._left), None
-        for index, (family, kind, protocol, _, address) in enumerate(addresses):
-            try:
-                self._socket = TimedSocket(socket.socket(family, kind, protocol), self._left)
-                self._socket.sock.settimeout(self._left() / (len(addresses) - index))
-                self._socket.sock.connect(address)
-                self._socket.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                break
-            except OSError as error:
-                fault = error
-                self.close()
-        if self._socket is None:
-            if tunnel or request.has_proxy():
-                raise OSError("{}, of the proxy {}:{}".format(reason(fault), host, port))
-            raise fault
-        if tunnel:
-            self._ask_proxy(request, ":".join(split_host(tunnel, "443")))
-        if request.type == "https":
-            self._start_tls(split_host(tunnel or request.host, None)[0].strip("[]"))
-
-    def _ask_proxy(self, request, target):
-        from http.client import HTTPResponse
-
-        lines = ["CONNECT {} HTTP/1.1".format(target), "Host: " + target]
-        if request.has_header("Proxy-authorization"):
-            lines.append("Proxy-Authorization: " + request.get_header("Proxy-authorization"))
-        self._socket.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
-        self._socket.send_off()
-        response = HTTPResponse(self._socket, method="CONNECT")
-        response.begin()
+    def _open_tunnel(self, host, port, headers):
+        target = host + ":" + port
+        self.send("CONNECT", target, dict(headers, Host=target), b"")
+        response = self.read_response("CONNECT")
         if not 200 <= response.status <= 299:
-            message = "the proxy answered CONNECT with {}".format(status_words(response))
-            if 500 <= response.status <= 599:
-                raise OSError(message)
+            message = "{} refused the tunnel: HTTP {} {}".format(
+                self.peer, response.status, quote(response.reason, self.secrets)).rstrip()
+            if is_retryable(response.status):
+                raise AttemptFailed(message)
             raise RefusedError(message, status=response.status, kind="proxy", ends_run=True)
+        self._host, self.peer, self._stage = host.strip("[]"), target, ""
 
-    def _start_tls(self, host):
+    def _start_tls(self):
         try:
             import ssl
         except ImportError:
             raise RefusedError("https needs Python's ssl module, which this Python was built without",
                                kind="no_tls", ends_run=True)
-        if self._context is None:
-            self._context = ssl.create_default_context()
-            if ssl.HAS_ALPN:
-                self._context.set_alpn_protocols(["http/1.1"])
-        try:
-            self._socket.sock.settimeout(self._left())
-            self._socket.sock = self._context.wrap_socket(self._socket.sock, server_hostname=host.rstrip("."))
-        except (ssl.SSLError, ssl.CertificateError) as error:  # 3.6: the latter is a ValueError
-            if not isinstance(error, ssl.CertificateError) and error.reason != "CERTIFICATE_VERIFY_FAILED":
-                raise
-            why = "the certificate of {} does not verify: {}; SSL_CERT_FILE can name your own roots".format(
-                host, printable(getattr(error, "verify_message", "") or str(error)))
-            raise RefusedError(why, kind="certificate", ends_run=True)
+        self._context = self._context or ssl.create_default_context()
+        self._socket = self._context.wrap_socket(
+            self._socket, server_hostname=self._host.rstrip("."), do_handshake_on_connect=False)
+        while self._call(self.left(), lambda: self._socket.do_handshake() or True) is None:
+            pass
 
-    def _exchange(self, request):
-        from http.client import HTTPConnection, HTTPException, RemoteDisconnected
+    def send(self, method, target, headers, body):
+        """Send a request; return False where the answer, or the end, came before it was all sent."""
+        self._ahead, self.received, sent = b"", 0, 0
+        lines = ["{} {} HTTP/1.1".format(method, target)]
+        lines += ["{}: {}".format(name, value) for name, value in headers.items()]
+        # Head and body at once: one packet is better.
+        with memoryview("\r\n".join(lines + ["", ""]).encode("latin-1") + body) as view:
+            while sent < len(view):
+                sent += self._call(self.left(), self._socket.send, view[sent:]) or 0
+                if sent < len(view) and (self._receive(0) == b"" or re.search(EARLY_ANSWER, self._ahead)):
+                    return False
+        return True
 
-        tunnel = getattr(request, "_tunnel_host", None)
-        headers = {name.title(): value for name, value in request.header_items()}
-        if tunnel:
-            headers.pop("Proxy-Authorization", None)  # it was for CONNECT alone
-        self._socket.received = 0
-        connection = HTTPConnection(tunnel or request.host)
-        self._response_class = connection.response_class = self._response_class or response_class()
-        connection.sock = self._socket
-        self.requests += 1
-        try:
-            connection.request(request.get_method(), request.selector, request.data, headers)
-            self._socket.send_off()
-            self.bytes_sent += len(request.data or b"")
-        except OSError:
-            self.until = max(self.until, self._watch.now() + GRACE)
-            try:  # an answer may have come before all was sent, such as 413
-                return connection.getresponse()
-            except (OSError, HTTPException):
-                pass
-            raise
-        response = connection.getresponse()
-        if self._socket.at_end:  # http.client takes the end of the connection for the end of the headers
-            raise RemoteDisconnected("closed inside the headers")
+    def read_response(self, method):
+        """Return an HTTPResponse whose headers are read, past all 1xx but 101 (RFC 9110, 15.2)."""
+        from http.client import BadStatusLine, HTTPResponse, RemoteDisconnected
+
+        def read_status():  # in place of http.client's own, which takes +200, 0200 and 2_00
+            line = stream.readline(65537)
+            match = re.fullmatch(STATUS_LINE, line)
+            if match is None:
+                raise BadStatusLine("") if line else RemoteDisconnected("connection closed without an answer")
+            version, status, words = match.groups()
+            status = 100 if b"102" <= status < b"200" else int(status)  # http.client skips a 100 only
+            return version.decode(), status, (words or b"").decode("latin-1")
+
+        response = HTTPResponse(self, method=method)
+        stream, response._read_status = response.fp, read_status
+        response.begin()
+        if self.ended:  # http.client takes the end of the connection for the end of the headers
+            raise RemoteDisconnected("connection closed amid the headers")
         return response
 
+    def failure(self, error):
+        """Return the RefusedError or AttemptFailed for an exception of a socket, http.client or ssl."""
+        if isinstance(error, (RetriesExhaustedError, Interrupted)):
+            return error
+        if type(error).__module__ == "ssl":
+            text, path = str(error).replace("_", " "), os.environ.get("SSL_CERT_FILE")
+            kind, words = next(row[1:] for row in TLS_FAULTS if re.search(row[0], text, re.IGNORECASE))
+            roots = ". Install ca-certificates or set SSL_CERT_FILE"
+            if path:
+                roots += " (now: {}{})".format(
+                    display(path, path), "" if os.access(path, os.R_OK) else ", not readable")
+            openssl = printable(re.sub(r"^\[.*?\] *(certificate verify failed: )?|\( ?ssl\.c.*", "", text))
+            message = words.format(peer=self.peer, host=self._host, roots=roots, openssl=openssl)
+            return RefusedError(message, kind=kind, ends_run=True) if kind else AttemptFailed(message)
+        if isinstance(error, OSError):
+            return AttemptFailed("{}: {}".format(self.peer, reason(error)))
+        fault = HTTP_FAULTS.get(type(error).__name__, "sent no valid HTTP response")
+        return AttemptFailed("{} {}".format(self.peer, fault))
 
-def response_class():
-    """Return an HTTPResponse that skips 1xx but 101 (RFC 9110, 15.2); http.client's own skips 100 alone."""
-    from http.client import HTTPResponse, parse_headers
+    def disconnect(self):
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
-    class Response(HTTPResponse):
-        def _read_status(self):
-            while True:
-                version, status, words = super()._read_status()
-                if not 101 < status < 200:
-                    return version, status, words
-                parse_headers(self.fp)
+    def close(self):
+        """http.client closes its file after each answer; the connection stays."""
 
-    return Response
+    def makefile(self, *_):
+        return io.BufferedReader(self)
 
+    def readable(self):
+        return True
 
-def check_proxies(proxies):
-    """Return {scheme: proxy URL} as it is. Raises InvalidError, quoting no URL, if one cannot be used."""
-    for scheme in ("http", "https"):
-        kind, _, place = ("http://" + proxies.get(scheme, "none")).split("://", 1)[-1].rpartition("://")
+    def readinto(self, buffer):
+        while not self._ahead and self._receive(self.left()) is None:
+            pass
+        count = min(len(buffer), len(self._ahead))
+        buffer[:count], self._ahead = self._ahead[:count], self._ahead[count:]
+        self.ended = not count
+        return count
+
+    def _receive(self, seconds):
+        """Receive what comes within that time for readinto(); return it, None for nothing, b"" at the end."""
+        data = self._call(seconds, self._socket.recv, io.DEFAULT_BUFFER_SIZE)
+        self._ahead += data or b""
+        self.received += len(data or b"")
+        return data
+
+    def _call(self, seconds, operation, *arguments):
+        """Return what an operation on the socket returns, or None where it takes longer than that."""
+        self._socket.settimeout(seconds)
         try:
-            if kind not in ("", "http", "https"):
-                raise ValueError(kind)
-            parse_base_url("http://" + place.rpartition("@")[2].rstrip("/").encode("ascii").decode())
-        except ValueError:
-            why = "is not the URL of an http proxy (it is not shown: it may hold a password)"
-            raise InvalidError(why, where=scheme + "_proxy", ends_run=True)
-    return proxies
+            return operation(*arguments)
+        except OSError as error:  # by name: the classes differ by version, and ssl may not be there
+            if type(error).__name__ not in WOULD_BLOCK:
+                raise
+        return None
 
 
-def proxy_secrets(proxies):
-    """Return what an echo of the requests to these proxies must not show: passwords, plain and in base64."""
+def find_proxy(scheme, origin):
+    """Return the "host:port" of the proxy that the environment has, or "", and its secrets.
+
+    These are the credentials in base64, and the password. Raises InvalidError, which does not quote the URL.
+    """
     from base64 import b64encode
-    from urllib.parse import unquote
+    from urllib.request import getproxies, proxy_bypass, unquote
 
-    users = [proxy.split("://")[-1].rpartition("@")[0] for proxy in proxies.values()]
-    secrets = [b64encode(unquote(user).encode("utf-8")).decode("ascii") for user in users]
-    return [secret for secret in secrets + [unquote(user.partition(":")[2]) for user in users] if secret]
+    proxy = getproxies().get(scheme)
+    if not proxy or proxy_bypass(origin):
+        return "", []
+    match = re.fullmatch(PROXY, proxy)
+    if match is None or int(match.group(3) or 80) > 65535:
+        raise InvalidError("must be http://[USER:PASSWORD@]HOST[:PORT] (value not shown): SOCKS proxies and "
+                           "TLS to a proxy are not supported", where=scheme + "_proxy", ends_run=True)
+    user = unquote(match.group(1) or "")
+    basic = b64encode(user.encode("utf-8", "surrogateescape")).decode("ascii")
+    return match.group(2), [basic, user.partition(":")[2]] if user else []
 
 
-def status_words(response):
-    """Return the status of a response with its reason phrase, made printable."""
-    return "HTTP {} {}".format(response.status, printable(response.reason or "")).rstrip()
-
-
-def fault_words(error):
-    """Return what an exception of an attempt means to a person."""
-    import http.client
-    import socket
-
-    if isinstance(error, socket.timeout):
-        return "no answer in time"
-    if isinstance(error, http.client.RemoteDisconnected):
-        return "the connection was closed without an answer"
-    if isinstance(error, socket.gaierror):
-        return "the name cannot be resolved: {}".format(reason(error))
-    if isinstance(error, http.client.LineTooLong) or "100 headers" in str(error):
-        return "the answer's headers are too large"
-    if isinstance(error, OSError):
-        return reason(error)
-    return "the answer is not HTTP"  # http.client's HTTPException or ValueError, which may quote anything
+def quote(text, secrets):
+    """Return a server's words on one line, or nothing where they show a secret."""
+    return "" if holds_secret(text, secrets) else printable(text)
 
 
 class Client:
-    """Sends events. A client is for one thread at a time; close() ends its connection.
+    """Sends events over one kept connection. Delivery makes one for each of its threads; close() ends it.
 
-    api_key: the key, sent to base_url's origin alone. timeout: seconds of one attempt. retries: further tries
-    after the first. backoff_initial, backoff_max: seconds between tries, before jitter (0 to 1). gzip:
-    compress bodies. watch: the Watch that bounds its waits. random: a function like random.random. trace:
-    takes lines on what happens.
+    Only its own methods change it, and only one thread may call them at a time; several may share limits.
+
+    api_key: the key, sent to base_url's origin only. timeout: seconds of one attempt. retries: further
+    attempts after the first. backoff_initial, backoff_max: seconds between attempts, before jitter (0 to 1).
+    gzip: compress bodies. key_source: where the key came from, for messages. limits: the Limits of the run.
+    random: a function like random.random. trace: takes lines on what happens. requests, retries, bytes_sent:
+    what was sent so far.
     """
 
     def __init__(self, api_key, base_url=BASE_URL, timeout=15.0, retries=3, backoff_initial=0.1,
                  backoff_max=2.0, jitter=0.2, user_agent=USER_AGENT, gzip=False, health_path="/api/health",
-                 watch=None, random=None, trace=None):
-        try:
-            name = "api_key"
-            parse_header(api_key)
-            name = "user_agent"
-            parse_header(user_agent)
-            name = "health_path"
-            self._health_path = parse_path(health_path)
-            name = "base_url"
-            self.base_url = parse_base_url(base_url)
-        except ValueError as error:
-            raise InvalidError(str(error), where=name)
-        self.watch, self.retries = watch or Watch(), 0
-        self._key, self._timeout, self._tries, self._gzip = api_key, timeout, retries + 1, gzip
-        self._secrets = [api_key]
-        self._backoff, self._user_agent = (backoff_initial, backoff_max, jitter), user_agent
-        self._random, self._trace, self._requests = random, trace, {}
-        self._connection = KeptConnection(self.watch)
-
-    @property
-    def requests(self):
-        """How many requests were sent, further tries included."""
-        return self._connection.requests
-
-    @property
-    def bytes_sent(self):
-        """How many bytes of bodies were sent, further tries included."""
-        return self._connection.bytes_sent
+                 key_source=None, limits=None, random=None, trace=None):
+        self._headers = {"X-PackTrack-Key": checked(parse_header, "api_key", api_key),
+                         "User-Agent": checked(parse_header, "user_agent", user_agent)}
+        self._health_path = checked(parse_path, "health_path", health_path)
+        self.base_url = checked(parse_base_url, "base_url", base_url)
+        self.requests = self.retries = self.bytes_sent = 0
+        self._timeout, self._attempts, self._limits = timeout, retries + 1, limits or Limits()
+        self._backoff, self._random, self._gzip = (backoff_initial, backoff_max, jitter), random, gzip
+        self._api_key, self._key_source, self._trace = api_key, key_source, trace or (lambda line: None)
+        self._connection = Connection(self.base_url, self._limits)
 
     def ingest_event(self, event, idempotency_key=None):
         """Deliver one event (a dict; a missing timestamp is now). Raises PackTrackError's subclasses."""
@@ -1774,153 +1786,149 @@ class Client:
 
     def health_check(self):
         """Ask the service's health, once. Raises PackTrackError's subclasses unless it is healthy."""
-        try:
-            response, body = self._attempt("GET", self._health_path, None, {})
-        except self._no_answer() as error:
-            raise RetriesExhaustedError(self._fault(error))
-        if not 200 <= response.status <= 299:
-            raise self._refusal(response, body)
+        self._attempt("GET", self._health_path, {}, b"")
 
     def send(self, body, idempotency_key=None):
-        """Deliver a body, the bytes of an event's or an array's JSON, with tries and waits.
+        """Deliver a body, the bytes of an event's or an array's JSON, with retries and waits.
 
         idempotency_key: a header's value; "auto" is the body's SHA-256. Raises RefusedError,
-        RetriesExhaustedError.
+        RetriesExhaustedError, InvalidError (a proxy that cannot be used).
         """
         headers = {"Content-Type": "application/json"}
         if idempotency_key:
-            headers["Idempotency-Key"] = sha256(body) if idempotency_key == "auto" else idempotency_key
+            key = sha256(body) if idempotency_key == "auto" else idempotency_key
+            headers["Idempotency-Key"] = checked(parse_header, "idempotency_key", key)
         if self._gzip:
             import zlib
 
             headers["Content-Encoding"] = "gzip"
             packer = zlib.compressobj(6, zlib.DEFLATED, 31)  # 31: as gzip, whose date zlib leaves at zero
             body = packer.compress(body) + packer.flush()
-        number = 0
-        while True:
-            number += 1
-            status = at_least = None
+        headers["Content-Length"] = len(body)
+        number, outcome = 0, None
+        while not isinstance(outcome, str):
+            number, started = number + 1, self._limits.clock()
             try:
-                response, words = self._attempt("POST", "/api/ingest", body, headers)
-            except self._no_answer() as error:
-                fault = self._fault(error)
-            else:
-                status = response.status
-                if 200 <= status <= 299 and self._trace is None:
-                    return
-                fault = self._answer_words(response, words)
-                at_least = parse_retry_after(response.getheader("Retry-After"), time.time())
-            if self._trace is not None:
-                self._trace("try {} of {}: {}".format(number, self._tries, fault))
-            if status is not None and 200 <= status <= 299:
-                return
-            if status is not None and not is_retryable(status):
-                raise self._refusal(response, words)
-            self._wait(number, fault, status, at_least)
+                outcome = self._attempt("POST", "/api/ingest", headers, body)
+            except (AttemptFailed, RefusedError) as error:
+                outcome = error
+            self._trace("attempt {}/{}: {} ({:.0f} ms)".format(
+                number, self._attempts, outcome, (self._limits.clock() - started) * 1000))
+            if isinstance(outcome, RefusedError):
+                raise outcome
+            if isinstance(outcome, AttemptFailed):
+                self._wait(number, outcome)
 
-    def _wait(self, number, fault, status, at_least):
-        """Wait before another try, or raise RetriesExhaustedError where there is none."""
-        if number >= self._tries:
-            tries = "1 try" if number == 1 else "{} tries".format(number)
-            raise RetriesExhaustedError("{} ({})".format(fault, tries), status=status)
-        if self._random is None:
-            from random import random
+    def _wait(self, number, failed):
+        """Wait before the next attempt, or raise RetriesExhaustedError where there is none."""
+        from random import random
 
-            self._random = random
-        delay, left = backoff_delay(number, *self._backoff, random=self._random), self.watch.left()
-        if at_least is not None:
-            fault += "; it asks to wait {:.0f} s".format(at_least)
-            if at_least > LONGEST_RETRY_AFTER:
-                raise RetriesExhaustedError("{}, more than {:.0f} s".format(fault, LONGEST_RETRY_AFTER),
-                                            status=status)
-            delay = max(delay, at_least)
-        if left is not None and delay >= left:
-            raise RetriesExhaustedError(fault + "; the run's deadline comes first", status=status)
-        if self._trace is not None:
-            self._trace("waiting {:.3f} s".format(delay))
-        self.watch.sleep(delay)
-        self.retries += 1
+        fault, kind, at_least = str(failed), None, failed.retry_after or 0.0
+        delay = max(at_least, backoff_delay(number, *self._backoff, random=self._random or random))
+        asked = "" if failed.retry_after is None else "; Retry-After is {:.0f} s".format(at_least)
+        if number >= self._attempts:
+            fault += ", after {} attempt{}".format(number, "" if number == 1 else "s")
+        elif at_least > LONGEST_RETRY_AFTER:
+            fault += "{} (limit {:.0f} s)".format(asked, LONGEST_RETRY_AFTER)
+        elif self._limits.left(delay) < delay:
+            fault, kind = fault + asked + "; no time left for another attempt before --deadline", "deadline"
+        else:
+            self._trace("retrying in {:.0f} ms".format(delay * 1000))
+            self._limits.sleep(delay)
+            self.retries += 1
+            return
+        raise RetriesExhaustedError(fault, status=failed.status, kind=kind)
 
-    def _attempt(self, method, path, body, headers):
-        """Return the response to one request and an error's body. Raises RefusedError and _no_answer()'s."""
-        self._connection.until = self.watch.now() + self.watch.left(self._timeout)
-        headers = dict(headers, **{"X-PackTrack-Key": self._key, "User-Agent": self._user_agent})
+    def _attempt(self, method, path, headers, body):
+        """Send a request; return its status, a 2xx, in words. Raises RefusedError and AttemptFailed."""
+        from http.client import HTTPException, RemoteDisconnected
+
+        faults = OSError, HTTPException, ValueError  # ValueError: CertificateError on 3.6
+        connection, clock, kept, answer = self._connection, self._limits.clock, False, b""
+        connection.until, connection.timeout = clock() + self._timeout, self._timeout
         try:
-            with self.watch:
-                response = self._open(method, path, body, headers)
-        except BaseException as error:
-            self._connection.close()
-            if isinstance(error, RefusedError):  # it may quote a proxy
-                error.args = (self._clean(error.args[0]),)
-            raise
-        ok, words = 200 <= response.status <= 299, b""
+            response = self._exchange(method, path, headers, body)
+            ok = 200 <= response.status <= 299
+            connection.until, connection.timeout = min(connection.until, clock() + BODY_SECONDS), BODY_SECONDS
+            try:
+                answer = response.read(MOST_OF_BODY if ok else MOST_OF_ERROR)
+                kept = ok and response.isclosed() and not response.will_close  # read to its end
+                if response.length and connection.ended:
+                    raise RemoteDisconnected("connection closed amid the body")
+            except faults + (RetriesExhaustedError, Interrupted) as error:  # the status stands
+                self._trace("the response body broke off: {}".format(connection.failure(error)))
+        except faults as error:
+            raise connection.failure(error)
+        finally:
+            if not kept:
+                connection.disconnect()
+        if not ok:
+            raise self._rejection(response, answer, path)
+        return "HTTP {}".format(response.status)
+
+    def _exchange(self, method, path, headers, body):
+        """Send a request over the kept connection or a new one; return the response, its headers read."""
+        connection, sent = self._connection, False
+        kept = connection.open()
+        self.requests += 1
         try:
-            with self.watch:
-                words = response.read(MOST_OF_BODY if ok else MOST_OF_ERROR)
-        except self._no_answer() as error:  # the status stands
-            self._connection.close()
-            if self._trace is not None:
-                self._trace("the answer's body broke off: {}".format(self._fault(error)))
-        except Interrupted:  # as it does here; whoever waits next is interrupted
-            self._connection.close()
-        if not (ok and response.isclosed() and not response.will_close):  # not read to its end, or not kept
-            self._connection.close()
-        return response, b"" if ok else words
+            headers = dict(connection.headers, **dict(self._headers, **headers))
+            sent = connection.send(method, connection.prefix + path, headers, body)
+            self.bytes_sent += len(body) if sent else 0
+        except OSError:
+            pass  # an answer may have come all the same, such as 413, or a TLS alert
+        try:
+            response = connection.read_response(method)
+        except OSError:
+            if not kept or connection.received:
+                raise
+            # Closed by the server just when it was used again: nothing was wrong with the request.
+            connection.disconnect()
+            return self._exchange(method, path, headers, body)
+        if not sent and 200 <= response.status <= 299:
+            raise AttemptFailed("{} answered HTTP {} before it had the whole request".format(
+                connection.peer, response.status))
+        return response
 
-    def _open(self, method, path, body, headers):
-        """Return the response to a request; from the second on, what urllib knows of proxies is known."""
-        request = self._requests.get(path)
-        if request is not None:
-            request.data, request.headers = body, dict(request.headers, **headers)
-            return self._connection.http_open(request)
-        from urllib.request import OpenerDirector, ProxyHandler, Request, getproxies
-
-        opener, proxies = OpenerDirector(), check_proxies(getproxies())
-        self._secrets += proxy_secrets(proxies)
-        opener.add_handler(self._connection)
-        opener.add_handler(ProxyHandler(proxies))
-        request = self._requests[path] = Request(self.base_url + path, body, headers, method=method)
-        return opener.open(request)
-
-    @staticmethod
-    def _no_answer():
-        """Return the exceptions that mean: no answer. ValueError: http.client's, of a bad chunk or status."""
-        from http.client import HTTPException
-
-        return OSError, HTTPException, ValueError
-
-    def _fault(self, error):
-        return self._clean("{} ({})".format(fault_words(error), self.base_url.split("/")[2]))
-
-    def _clean(self, text):
-        """Return the server's words on one line of at most 200 characters, secrets cut out before that."""
-        text = redact(text, self._secrets)
-        for length in range(min(len(self._key), len(text)), 3, -1):  # where the reading ended amid the key
-            if text.endswith(self._key[:length]):
-                text = text[:-length]
-                break
-        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        return printable(redact(text, self._secrets))
-
-    def _answer_words(self, response, body):
-        status, words = self._clean(status_words(response)), self._clean(body.decode("utf-8", "replace"))
-        return '{}: "{}"'.format(status, words) if words else status
-
-    def _refusal(self, response, body):
-        words, location = self._answer_words(response, body), response.getheader("Location")
-        if 300 <= response.status <= 399:
-            words = self._clean(status_words(response)) + " is not followed"
-            words += "; it points to " + self._clean(location) if location else ""
-        return RefusedError(words, status=response.status, ends_run=response.status in ENDS_RUN)
-
-    def abort(self):
-        """End what waits, with Interrupted; may be called from another thread."""
-        self.watch.stop()
-        self._connection.abort()
+    def _rejection(self, response, body, path):
+        """Return the RefusedError or AttemptFailed of a status that is not a 2xx."""
+        secrets, text = [self._api_key] + self._connection.secrets, body.decode("utf-8", "replace")
+        status, location = response.status, response.getheader("Location")
+        message = "HTTP {} {}".format(status, quote(response.reason, secrets)).rstrip()
+        words, hint = quote(text, secrets), ""
+        kind = response.getheader("Content-Type", "text/")
+        if re.match(r"<|{}$|\[\]$", words) or "\0" in text or not re.match("(?i)text/(?!html)|.*json", kind):
+            words = ""
+        if 300 <= status <= 399 and location:
+            location = quote(location, secrets) or "another address"
+            message, words = "HTTP {} redirects to {}".format(status, location), ""
+            hint = "set --base-url to the new address (redirects are not followed)"
+        elif status in (401, 403):
+            hint = "check the API key" + (" (from {})".format(self._key_source) if self._key_source else "")
+        elif status in (404, 405):
+            message, hint = "{} from {}{}".format(message, self.base_url, path), "check --base-url"
+        elif status == 407 and self._connection.peer.startswith("proxy"):
+            message = "{}: {}".format(self._connection.peer, message)
+        message += ': "{}"'.format(words) if words else ""
+        message += ("; " if words else ": ") + hint if hint else ""
+        if not is_retryable(status):
+            return RefusedError(message, status=status, ends_run=status in ENDS_RUN)
+        failed = AttemptFailed(message, status=status)
+        now = parse_retry_after(response.getheader("Date"), 0) or time.time()
+        failed.retry_after = parse_retry_after(response.getheader("Retry-After"), now)
+        return failed
 
     def close(self):
         """End the connection."""
-        self._connection.close()
+        self._connection.disconnect()
+
+
+def checked(parse, name, value):
+    """Return an argument as it is parsed. Raises InvalidError that names it."""
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise InvalidError(str(error), where=name)
 
 
 def sha256(body):
@@ -1933,229 +1941,219 @@ def sha256(body):
 def json_array(records):
     """Return the body of a batch: the records' own bytes as a JSON array."""
     return b"[" + b",".join(records) + b"]"
+# ---- Delivery: the chain from records to batches, and the one account --------------------------------------
 
-
-# ---- Delivery: batches, their accounting, and the two ways through, both ending in one Delivery ------------
-
-QUEUE_BYTES = 8 << 20
-PATIENCE = 0.1
-LONGEST_LOCK = 10.0
+HELD_IN_MEMORY = 16 << 20
+QUEUE_ITEMS = 32
 MOST_RANGES = 100
 # Which exit code stands where several would be right.
 PRECEDENCE = (2, 3, 4, 1)
 
 
-class Batch:
-    """Records that go out as one request, and their numbers in the input, counted from 1."""
+def accept_valid(reader, delivery, streams, keeps_rest):
+    """Yield (number of the first, records) of what a Reader finds valid, and account for all of it.
 
-    __slots__ = ("records", "numbers")
-
-    def __init__(self, records, numbers):
-        self.records, self.numbers = records, numbers
-
-    def __str__(self):
-        words = describe_range(self.numbers[0], self.numbers[-1])
-        return ("records " if "-" in words else "record ") + words
-
-
-def describe_range(first, last):
-    """Return the words for the numbers from first to last."""
-    return str(first) if first == last else "{}-{}".format(first, last)
-
-
-class Batcher:
-    """Cuts a stream of records into batches of at most size records and limit bytes of body."""
-
-    def __init__(self, size, limit):
-        self._size, self._limit, self._records, self._start = size, limit, [], 0
-        self._next, self._gaps, self.bytes = 1, [], 0
-
-    def __len__(self):
-        return len(self._records) - self._start
-
-    def add(self, records):
-        self._records += records
-        self.bytes += sum(map(len, records))
-
-    def skip(self):
-        self._gaps.append(self._next + len(self) + len(self._gaps))
-
-    def take(self, all_of_it):
-        """Return the next full Batch, with all_of_it also one that is not full; None where there is none."""
-        records = self._records[self._start:self._start + self._size]
-        size = sum(map(len, records))
-        if size + len(records) + 1 > self._limit:
-            size, count = len(records[0]), 1
-            while count < len(records) and size + len(records[count]) + count + 2 <= self._limit:
-                size, count = size + len(records[count]), count + 1
-            records = records[:count]
-        elif not records or len(records) < self._size and not all_of_it:
-            return None
-        self.bytes -= size
-        self._start += len(records)
-        if self._start * 2 >= len(self._records):
-            del self._records[:self._start]
-            self._start = 0
-        numbers = range(self._next, self._next + len(records))
-        if self._gaps:
-            span = range(self._next, numbers[-1] + len(self._gaps) + 1)
-            numbers = sorted(set(span).difference(self._gaps))[:len(records)]
-            self._gaps = [gap for gap in self._gaps if gap > numbers[-1]]
-        self._next = numbers[-1] + 1
-        return Batch(records, numbers)
-
-
-class Appender:
-    """Appends to a file, whole, also where several processes do so; the file is made when it is needed.
-
-    path: "-" is standard output. mode: of a new file. Raises InputError where the file cannot be written.
+    streams: a refused record ends the reading, and not the sending. keeps_rest: what follows a refused record
+    is read too, since it has to be kept.
     """
-
-    def __init__(self, path, mode):
-        self._path, self._mode, self._descriptor = path, mode, None
-        self.name, parent = display(path, "standard output"), os.path.dirname(path) or "."
-        exists = path == "-" or os.path.exists(path)
-        for holds, why in (
-                (path != "-" or sys.stdout is not None, "it is closed"),
-                (not os.path.isdir(path), "it is a directory"),
-                (exists or os.path.isdir(parent), "its directory does not exist"),
-                (exists or os.access(parent, os.W_OK | os.X_OK), "its directory is not writable"),
-                (path == "-" or not exists or os.access(path, os.W_OK), "it is not writable")):
-            if not holds:
-                raise InputError("cannot be written: " + why, where=self.name)
-
-    def append(self, data):
-        """Append bytes; a write that fails leaves none of them in a regular file."""
-        data = memoryview(data)
-        try:
-            if self._descriptor is None:
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-                self._descriptor = 1 if self._path == "-" else os.open(self._path, flags, self._mode)
-            locked = lock_file(self._descriptor)
-            size = os.fstat(self._descriptor).st_size
-            try:
-                while data:
-                    data = data[os.write(self._descriptor, data):]
-            except OSError:
-                if locked:
-                    os.ftruncate(self._descriptor, size)
-                raise
-            finally:
-                if locked:
-                    lock_file(self._descriptor, undo=True)
-        except (OSError, ValueError) as error:
-            raise InputError("cannot be written: " + reason(error), where=self.name, ends_run=True)
-
-    def close(self):
-        if self._descriptor not in (None, 1):
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def lock_file(descriptor, undo=False):
-    """Lock a regular file against our other processes; return whether it is locked. Waits at most 10 s."""
-    import stat
-
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return False
     try:
-        import fcntl
-    except ImportError:  # Windows, where a lock is on bytes from the current position on
-        import msvcrt
-
-        fcntl = None
-    end = time.monotonic() + LONGEST_LOCK
-    while True:
-        try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_UN if undo else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                os.lseek(descriptor, 0, os.SEEK_SET)
-                msvcrt.locking(descriptor, msvcrt.LK_UNLCK if undo else msvcrt.LK_NBLCK, 1)
-            return True
-        except (BlockingIOError, PermissionError):  # the latter is what Windows says of a lock that is taken
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.005)
-        except OSError:  # a file system without locks
-            return False
+        for item in reader.records():
+            delivery.single = reader.single
+            if type(item) is list:
+                yield delivery.count_read(item), item
+                if streams and delivery.ended is not None:
+                    return
+                continue
+            saves = delivery.keep_going or streams or keeps_rest
+            delivery.refuse(item, saves, ends=not (delivery.keep_going or streams))
+            if not (delivery.keep_going or keeps_rest and not streams):
+                return
+    except PackTrackError as error:
+        delivery.note(error, ends=error.ends_run or not (delivery.keep_going or streams))
+    except Interrupted:
+        if not streams:  # else what was read is sent
+            delivery.stop()
 
 
-def json_lines(records):
-    """Return records as NDJSON; line breaks within one, which are between its tokens, become blanks."""
-    return b"".join(
-        (record.replace(b"\r", b" ").replace(b"\n", b" ") if b"\n" in record else record) + b"\n"
-        for record in records)
+def keep_until_valid(runs, delivery, keeps_rest, name):
+    """Hold (number, records) back until the last one is valid; then yield them all.
 
-
-class HttpSink:
-    """Where batches go: to the service.
-
-    single: the body is one object. total: how many records the run has in all; None where it streams. probe:
-    whether to ask the service's health before the first batch.
+    Up to 16 MiB are held in memory, more in an unnamed temporary file. Where the run has ended, nothing is
+    yielded, or with keeps_rest everything, to be saved. name: of the input.
     """
+    held, end, left_over = io.BytesIO(), 0, ()
+    try:
+        for number, records in runs:
+            left_over = ((number, records),)
+            data = b"\0".join(records)  # no JSON text holds a NUL
+            if end + len(data) > HELD_IN_MEMORY and type(held) is io.BytesIO:
+                from tempfile import TemporaryFile
 
-    def __init__(self, client, idempotency_key, trace, probe):
-        self.client, self._key, self._trace, self._probe = client, idempotency_key, trace, probe
-        self.single, self.total = False, None
+                file = TemporaryFile(buffering=0)
+                write_fully(file, held.getbuffer())
+                held = file
+            write_fully(held, number.to_bytes(8, "little") + len(data).to_bytes(8, "little") + data)
+            end, left_over = held.tell(), ()
+    except OSError as error:
+        why = "no writable temporary directory" if isinstance(error, FileNotFoundError) else reason(error)
+        why = "cannot buffer {}: {} (set TMPDIR, or stream with --async)".format(name, why)
+        delivery.note(InputError(why), ends=True)
+    delivery.total = delivery.read - delivery.invalid
+    with held:
+        if delivery.ended is not None and not keeps_rest:
+            return
+        held.seek(0)
+        while held.tell() < end:
+            number, size = (int.from_bytes(held.read(8), "little") for _ in range(2))
+            yield number, held.read(size).split(b"\0")
+        yield from left_over  # nothing, unless there was no room for it
+        yield from runs
 
-    def put(self, batch):
-        """Deliver a Batch. Raises PackTrackError."""
-        if self._probe:
-            self._probe, words = False, "the service is healthy"
+
+def write_fully(file, data):
+    """Write bytes to an unbuffered file, which may take them in parts."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view):]
+
+
+def read_ahead(runs, delivery, limits, capacity, interval, flushes):
+    """Yield (number, records) that a thread reads, at most `capacity` records ahead (--async).
+
+    Yields None when what was yielded since the last None should wait no longer: the first of it came `interval`
+    seconds ago. flushes: whether to send what is queued when the input ends.
+    """
+    import queue
+
+    size = max(1, capacity // QUEUE_ITEMS)
+    ahead, finished, oldest = queue.Queue(capacity // size), [], None
+
+    def read():
+        try:
+            for number, records in runs:
+                for start in range(0, len(records), size):
+                    ahead.put((limits.clock(), number + start, records[start:start + size]))
+        except Exception as error:  # nobody else would hear of it
+            delivery.note(internal_error(error), ends=True)
+        finally:
+            finished.append(True)
+            ahead.put(None)
+
+    try:
+        start_thread(read)
+    except RuntimeError:
+        delivery.note(InputError("cannot start a thread: out of memory or processes"), ends=True)
+        finished.append(True)
+    item = ()
+    while item is not None:
+        limits.over = delivery.ended is not None
+        due = limits.clock() + TICK if oldest is None else oldest + interval
+        try:
+            item = ahead.get(timeout=min(TICK, max(0.0, due - limits.clock())))
+        except queue.Empty:
+            item = None if finished and ahead.empty() else ()
+        if finished and not (flushes or delivery.errors or limits.signals):
+            delivery.stop()
+        if item:
+            oldest = oldest or item[0]
+            yield item[1:]
+        elif oldest is not None and limits.clock() >= due:
+            oldest = None
+            yield None
+
+
+def cut_batches(runs, size, limit):
+    """Yield batches, (records, their numbers), of at most `size` records and `limit` bytes of body.
+
+    runs: (number of the first, records), or None where what is there is to go out. A larger record goes alone.
+    """
+    batch, numbers, used = [], [], 1
+    for run in runs:
+        number, records = run or (0, [])
+        position = 0
+        while position < len(records) or run is None and batch:
+            part = records[position:position + min(size - len(batch), 1000)]
+            length = sum(map(len, part)) + len(part)
+            if used + length > limit:  # count out what fits
+                count = length = 0
+                while used + length + len(part[count]) + 1 <= limit:
+                    length += len(part[count]) + 1
+                    count += 1
+                part = part[:count or (not batch)]
+                length = length or limit
+            batch += part
+            numbers += range(number + position, number + position + len(part))
+            position, used = position + len(part), used + length
+            if len(batch) >= size or used >= limit or run is None:
+                yield batch, numbers
+                batch, numbers, used = [], [], 1
+    if batch:
+        yield batch, numbers
+
+
+def join_ranges(ranges):
+    """Return ranges of numbers, [[first, last], ...], sorted, and those that adjoin made one."""
+    joined = []
+    for first, last in sorted(ranges):
+        if joined and joined[-1][1] >= first - 1:
+            joined[-1][1] = max(last, joined[-1][1])
+        else:
+            joined.append([first, last])
+    return joined
+
+
+def describe_ranges(ranges):
+    """Return the words for the numbers of records: "record 3", "records 1-100, 103"."""
+    text = ", ".join("{}-{}".format(*pair) if pair[0] < pair[1] else str(pair[0]) for pair in ranges[:10])
+    return "record{} {}{}".format("" if text.isdigit() else "s", text, " and more" if len(ranges) > 10 else "")
+
+
+def send_batches(batches, delivery):
+    """Send an iterator's Batches over the clients of a Delivery at once; this thread works for the first."""
+    lock, ended, clients = _thread.allocate_lock(), [], delivery.clients or [None]
+
+    def work(client):
+        while True:
             try:
-                self.client.health_check()
-            except PackTrackError as error:
-                words = "the health check failed: {}".format(error)
-            if self._trace is not None:
-                self._trace(words)
-        body = batch.records[0] if self.single else json_array(batch.records)
-        key = self._key
-        if key and key != "auto" and len(batch.records) != self.total:
-            key = "{}-{}-{}-{}".format(key, batch.numbers[0], batch.numbers[-1], sha256(body)[:8])
-        if self._trace is not None:
-            self._trace("{}: {} bytes to {}".format(batch, len(body), self.client.base_url))
-        self.client.send(body, key)
+                with lock:
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                delivery.send(batch, client)
+            except Exception as error:  # such as no memory
+                delivery.note(internal_error(error), ends=True)
 
-    def abort(self):
-        self.client.abort()
-
-    def close(self):
-        self.client.close()
-
-
-class FileSink:
-    """Where batches go with --output: to a file."""
-
-    single, total = False, None
-
-    def __init__(self, appender):
-        self._appender = appender
-
-    def put(self, batch):
-        """Append a Batch. Raises InputError."""
-        self._appender.append(json_lines(batch.records))
-
-    def abort(self):
-        """Nothing here waits for long."""
-
-    def close(self):
-        self._appender.close()
+    try:
+        for client in clients[1:]:
+            ended.append(start_thread(lambda client=client: work(client)))
+    except RuntimeError:  # no memory or processes for more; those there are do the work
+        pass
+    work(clients[0])
+    for end in ended:
+        while not end.acquire(True, TICK):
+            pass  # a wait that does not end would let no signal through
 
 
 class Delivery:
-    """Hands batches to a sink and accounts for each record: read = delivered + undelivered + invalid.
+    """Sends batches and accounts for each record: read = delivered + undelivered + invalid.
 
-    keep_going: whether a batch that fails leaves the others be. undelivered: an Appender, or None. warn,
-    tick: are told of each failure that does not end the run, and of each step. errors: {exit code: the first
-    error}. ended: the error that ended the run, or None. ranges: the numbers of what was not delivered.
-    unkept: how many of those the Appender could not take.
+    Made by main for a run; the threads of the chain change it through its methods only. clients: those that
+    send. output: the Appender of --output, which takes the batches instead, or None. undelivered_file: an
+    Appender, or None. probe: called with a client and the reporter before the first batch. reporter: takes
+    progress, and failures that do not end the run.
+
+    single: the input is one object, and goes out as one. total: how many records the run has in all; None
+    where it streams. errors: {exit code: the first error}. ended: what ended the run, or None. kept, unkept:
+    how many records undelivered_file took, and could not take. ranges: the numbers of the undelivered.
     """
 
-    def __init__(self, sink, keep_going=False, undelivered=None, warn=None, tick=None):
-        self.sink, self.keep_going, self.undelivered_file = sink, keep_going, undelivered
-        self._warn, self.tick = warn or (lambda words: None), tick or (lambda: None)
-        self.read = self.delivered = self.undelivered = self.invalid = self.unkept = 0
+    def __init__(self, limits, reporter, clients=(), output=None, undelivered_file=None, keep_going=False,
+                 idempotency_key=None, probe=None):
+        self.clients, self.output, self.undelivered_file = clients, output, undelivered_file
+        self.keep_going, self._key, self._probe = keep_going, idempotency_key, probe
+        self._limits, self._reporter, self._lock = limits, reporter, _thread.RLock()
+        self.single, self.total, self._line_ended = False, None, True
+        self.read = self.delivered = self.undelivered = self.invalid = self.kept = self.unkept = 0
         self.errors, self.ended, self.ranges, self.unkept_why = {}, None, [], ""
 
     @property
@@ -2163,364 +2161,290 @@ class Delivery:
         """The error whose exit code stands, or None."""
         return next((self.errors[code] for code in PRECEDENCE if code in self.errors), None)
 
-    def send(self, batch):
-        """Deliver a Batch, in halves if the server finds it too large, and account for it. Raises nothing."""
+    def sum(self, name):
+        """Return the sum of a count of the clients: requests, retries or bytes_sent."""
+        return sum(getattr(client, name) for client in self.clients)
+
+    def count_read(self, records):
+        """Count records as read; return the number of the first of them."""
+        with self._lock:
+            self.read += len(records)
+            self._reporter.progress(self)
+            return self.read - len(records) + 1
+
+    def refuse(self, refused, saves, ends):
+        """Account for a Refused. saves: whether it is to be kept. ends: whether nothing is to be sent."""
+        with self._lock:
+            if refused.error is not None:
+                self.read, self.invalid = self.read + 1, self.invalid + 1
+                self.note(refused.error, ends, warns=self.keep_going)
+            if saves and refused.ends and refused.error is not None:
+                self.keep(json_lines([refused.raw]), 1)
+            elif saves:
+                self.keep(refused.raw + b"\n" * refused.ends, int(refused.ends), refused.error is None)
+
+    def send(self, batch, client=None):
+        """Deliver (records, numbers), in halves if the server finds them too large; account for all of them."""
         parts = [batch]
         while parts:
-            part = parts.pop(0)
-            error = self.ended or self._put(part)
-            if error is None:
-                self.delivered += len(part.records)
-            elif error.status == 413 and len(part.records) > 1 and error is not self.ended:
-                half = len(part.records) // 2
-                parts[:0] = [Batch(part.records[cut], part.numbers[cut])
-                             for cut in (slice(0, half), slice(half, None))]
-            else:
-                if error is not self.ended:
-                    error.where = error.where or (str(part) if self.read > 1 else None)
-                    self.note(error, not self.keep_going or error.ends_run)
-                self.undelivered += len(part.records)
-                for first, last in ([(part.numbers[0], part.numbers[-1])] if isinstance(part.numbers, range)
-                                    else zip(part.numbers, part.numbers)):
-                    self._add_range(first, last)
-                self.keep(json_lines(part.records), len(part.records))
-            self.tick()
+            records, numbers = parts.pop()
+            ended, half = self.ended, len(records) // 2
+            error = ended or self._attempt(records, numbers, client)
+            with self._lock:
+                if error is None:
+                    self.delivered += len(records)
+                elif error.status == 413 and half and error is not ended:
+                    parts += [(records[half:], numbers[half:]), (records[:half], numbers[:half])]
+                else:
+                    if error is not ended and error is not self.ended:
+                        if self.read > 1 and not error.where:
+                            error.where = describe_ranges([[numbers[0], numbers[-1]]])
+                        ends = not self.keep_going or error.ends_run
+                        self.note(error, ends, warns=not ends)
+                    self.undelivered += len(records)
+                    self._add_ranges([[number, number] for number in numbers])
+                    self.keep(json_lines(records), len(records))
+            self._reporter.progress(self)
 
-    def _put(self, part):
+    def _attempt(self, records, numbers, client):
+        """Send a batch; return the error, or None."""
         try:
-            self.sink.put(part)
+            self._limits.check()
+            if self.output is not None:
+                self.output.append(json_lines(records))
+                return None
+            with self._lock:
+                probe, self._probe = self._probe, None
+            if probe is not None:
+                probe(client, self._reporter)
+            body, key = records[0] if self.single else json_array(records), self._key
+            if key and key != "auto" and len(records) != self.total:
+                key = "{}-{}-{}-{}".format(key, numbers[0], numbers[-1], sha256(body)[:8])
+            if self._reporter.verbose:
+                self._reporter.log("{}: {} bytes to {}".format(
+                    describe_ranges([[numbers[0], numbers[-1]]]), len(body), client.base_url))
+            client.send(body, key)
         except PackTrackError as error:
             return error
         except Interrupted:
-            self.stop()
-            return self.ended
+            return self.stop()
         except Exception as error:  # a fault of this program's must not lose count of the records
             return internal_error(error)
 
     def stop(self):
-        """End the run without an error: a signal came, or the rest is to be abandoned."""
-        self.ended = self.ended or PackTrackError("stopped", kind="interrupted")
+        """End the run without an error: a signal came, or the rest is abandoned. Return what ended it."""
+        with self._lock:
+            self.ended = self.ended or PackTrackError("interrupted", kind="interrupted")
+            return self.ended
 
-    def note(self, error, ends=False):
-        """Note an error; ends: whether nothing more is to be sent."""
-        if self.keep_going or not self.ended:
-            self.errors.setdefault(error.exit_code, error)
-        if ends:
-            self.ended = self.ended or error
-        elif self.keep_going:
-            self._warn(str(error))
-
-    def refuse(self, error, ends=False):
-        self.invalid += 1
-        self.note(error, ends)
-
-    def keep(self, data, count=0):
-        if self.undelivered_file is not None:
-            try:
-                self.undelivered_file.append(data)
-            except InputError as error:
-                self.unkept, self.unkept_why = self.unkept + count, str(error)
+    def note(self, error, ends=False, warns=False):
+        """Note an error. ends: whether nothing more is to be sent. warns: whether to log it at once."""
+        with self._lock:
+            if self.keep_going or self.ended is None or self.ended.kind == "interrupted":
                 self.errors.setdefault(error.exit_code, error)
+            if ends:
+                self.ended = self.ended or error
+            if warns:
+                self._reporter.warn(str(error))
 
-    def lose_rest(self):
-        """Count as undelivered what was read and is otherwise not accounted for."""
+    def keep(self, data, count, continues=False):
+        """Append bytes, which end `count` records, to the file of the undelivered.
+
+        continues: they go on where the last ones ended; all others begin a line.
+        """
+        if self.undelivered_file is None:
+            return
+        try:
+            self.undelivered_file.append(data if continues or self._line_ended else b"\n" + data)
+            self._line_ended = data.endswith(b"\n")
+            self.kept += count
+        except (InputError, Interrupted) as error:
+            self.unkept += count
+            self.unkept_why = str(error) or "cannot write {}: interrupted".format(self.undelivered_file.name)
+            self.errors.setdefault(InputError.exit_code, InputError(self.unkept_why))
+
+    def finish(self):
+        """Count as undelivered what was read and is otherwise not accounted for, and close what is open."""
         first = self.delivered + self.undelivered + 1
         rest = self.read - self.invalid - first + 1
         if rest > 0:
             self.undelivered += rest
-            self._add_range(first, first + rest - 1)
+            if not self.invalid:  # else their numbers are not known
+                self._add_ranges([[first, first + rest - 1]])
+        if not self._line_ended:
+            self.keep(b"\n", 1, continues=True)
+        for closes in (self.output, self.undelivered_file) + tuple(self.clients):
+            if closes is not None:
+                closes.close()
 
-    def _add_range(self, first, last):
-        if self.ranges and self.ranges[-1][1] == first - 1:
-            self.ranges[-1][1] = last
-        elif len(self.ranges) <= MOST_RANGES:
-            self.ranges.append([first, last])
-
-    def close(self):
-        for place in (self.sink, self.undelivered_file):
-            if place is not None:
-                place.close()
+    def _add_ranges(self, ranges):
+        self.ranges = join_ranges(self.ranges + ranges)[:MOST_RANGES]
 
 
-class AsyncClient:
-    """Queues events and delivers them from a thread of its own, in batches.
+class Appender:
+    """Appends to a file, whole, also where several processes do so; the file is made when it is needed.
 
-    client: a Client, from then on this thread's. flush_interval: the seconds after which a batch goes out
-    that is not full. queue_capacity: the most events that wait. deliver: takes a Batch; by default it is
-    sent, and the first error is raised by the next flush() or close().
+    Made by main for --output and --undelivered. path: "-" is standard output. mode: of a new file. limits:
+    for waiting for a lock, a reader or room in a pipe. saving: whether these are Limits.saving()'s. Raises
+    InputError where the file cannot be written.
     """
 
-    def __init__(self, client, batch_size=100, flush_interval=1.0, queue_capacity=10000,
-                 max_batch_bytes=1000000, deliver=None):
-        import threading
+    def __init__(self, path, mode, limits, saving=False):
+        self._path, self._mode, self._limits, self._saving = path, mode, limits, saving
+        self._descriptor, self._patience = None, LONGEST_SAVING
+        self.name, parent = display(path, "standard output"), os.path.dirname(path) or "."
+        exists = path == "-" or os.path.exists(path)
+        for fails, why in (
+                (path == "-" and sys.stdout is None, "it is closed"),
+                (os.path.isdir(path), "it is a directory"),
+                (not (exists or os.path.isdir(parent)), "its directory does not exist"),
+                (not (exists or os.access(parent, os.W_OK | os.X_OK)), "its directory is not writable"),
+                (path != "-" and exists and not os.access(path, os.W_OK), "it is not writable")):
+            if fails:
+                raise InputError("cannot write {}: {}".format(self.name, why))
 
-        self._client, self._interval, self._capacity = client, flush_interval, queue_capacity
-        self._deliver, self._error, self._oldest = deliver or self._send, None, None
-        self._batcher = Batcher(min(batch_size, queue_capacity), max_batch_bytes)
-        self._changed = threading.Condition()
-        self._busy, self._flushing, self._closing = False, 0, False
-        self._thread = start_thread(self._work)
-
-    def enqueue(self, event, block=False, timeout=None):
-        """Queue an event (a dict; a missing timestamp is now).
-
-        A full queue raises RetriesExhaustedError of the kind "queue_full", with block only after timeout
-        seconds (None: never). Raises InvalidError for an event that is not valid.
-        """
-        record = dump_json(complete_event(event, {}, utc_timestamp(time.time())))
-        end = None if timeout is None else time.monotonic() + timeout
-        while not self.offer([record]):
-            left = None if end is None else end - time.monotonic()
-            if not block or left is not None and left <= 0:
-                raise RetriesExhaustedError("the queue is full", kind="queue_full")
-            self.wait_for_room(left)
-
-    def offer(self, records, skipped=False, force=False):
-        """Queue as many of the records (bytes of complete events) as there is room for; return how many.
-
-        skipped: a record that is not to be sent follows, and counts once all the others are queued. force:
-        queue all.
-        """
-        with self._changed:
-            if self._closing:
-                raise PackTrackError("this AsyncClient is closed", kind="closed")
-            room = self._capacity - len(self._batcher) if self._batcher.bytes < QUEUE_BYTES else 0
-            taken = records if force else records[:room]
-            if taken:
-                self._batcher.add(taken)
-                self._oldest = self._oldest or time.monotonic()
-                self._changed.notify_all()
-            if skipped and len(taken) == len(records):
-                self._batcher.skip()
-            return len(taken)
-
-    def wait_for_room(self, seconds=None, share=0.0):
-        """Wait until more than that share of the queue is empty, or for some seconds."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._batcher) < self._capacity * (1 - share) and
-                                   self._batcher.bytes < QUEUE_BYTES * (1 - share), seconds)
-
-    def flush(self, timeout=None):
-        """Deliver all that is queued; return whether timeout seconds sufficed. Raises the first error."""
-        with self._changed:
-            self._flushing += 1
-            self._changed.notify_all()
-            done = self._changed.wait_for(lambda: not (self._batcher or self._busy), timeout)
-            self._flushing -= 1
-            error, self._error = self._error, None
-        if error is not None:
-            raise error
-        return done
-
-    def close(self, timeout=None):
-        """Deliver all that is queued and end the thread; return whether timeout seconds sufficed for that."""
-        end = None if timeout is None else time.monotonic() + timeout
+    def append(self, data):
+        """Append bytes; a write that fails leaves none of them in a regular file."""
+        limits = self._limits.saving(self._patience) if self._saving else self._limits
         try:
-            return self.flush(timeout)
-        finally:
-            self.finish()
-            self.join(None if end is None else max(0.0, end - time.monotonic()))
+            descriptor, size = self._open(limits)
+            try:
+                write_all(descriptor, data, limits)
+            except OSError:
+                if size is not None:
+                    os.ftruncate(descriptor, size)
+                raise
+            finally:
+                if size is not None:
+                    os.close(descriptor)
+        except (OSError, ValueError) as error:
+            raise InputError("cannot write {}: {}".format(self.name, reason(error)), ends_run=True)
+        except RetriesExhaustedError:
+            if not self._saving:
+                raise
+            self._patience = 0.0  # the next ones do not wait anew
+            raise InputError("cannot write {}: locked, or nobody reads it".format(self.name), ends_run=True)
 
-    def finish(self):
-        """Take no more; the thread delivers what is queued and ends."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-
-    def join(self, timeout=None):
-        """Wait for the thread to end; return whether it did."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def _send(self, batch):
-        try:
-            self._client.send(json_array(batch.records))
-        except PackTrackError as error:
-            error.where = error.where or str(batch)
-            self._error = self._error or error
-        except Interrupted:
-            self._error = self._error or PackTrackError("aborted", where=str(batch), kind="interrupted")
-        except Exception as error:  # a fault of this program's must not end the thread
-            self._error = self._error or internal_error(error)
-
-    def _work(self):
-        while True:
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
-                batch = self._take()
-                while batch is None and not self._closing:
-                    due = self._oldest and self._oldest + self._interval - time.monotonic()
-                    self._changed.wait(due and max(0.0, due))
-                    batch = self._take()
-                if batch is None:
-                    return
-                self._busy = True
-            self._deliver(batch)
-
-    def _take(self):
-        late = self._oldest is not None and time.monotonic() - self._oldest >= self._interval
-        full = self._batcher.bytes >= QUEUE_BYTES
-        batch = self._batcher.take(self._flushing or self._closing or late or full)
-        if batch is not None:
-            self._oldest = time.monotonic() if self._batcher else None
-        return batch
-
-
-def deliver_kept(scanner, replay, delivery, batcher, watch):
-    """Validate all that a file or pipe holds, then deliver it: one refused record, and nothing is sent."""
-    # What came through a pipe is nobody else's: --undelivered has it read to its end and kept.
-    keeps = delivery.undelivered_file is not None
-    keep_all, blocks = keeps and not replay.source.is_file, []
-    try:
-        for block in scanner.blocks(replay.read):
-            delivery.tick()
-            errors = [block.errors[index] for index in sorted(block.errors)]
-            if errors and not (delivery.keep_going or keep_all):
-                delivery.read += min(block.errors) + 1
-                delivery.refuse(errors[0], ends=True)
+    def _open(self, limits):
+        """Return a descriptor, and the size of what is a locked regular file, to be closed; else None."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", getattr(os, "O_NONBLOCK", 0))
+        if self._path == "-":
+            self._descriptor = 1
+        while self._descriptor is None:
+            try:
+                descriptor = os.open(self._path, flags, self._mode)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # a FIFO that nobody reads yet
+                    raise
+                limits.sleep(TICK)
+                continue
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                self._descriptor = descriptor  # whoever reads it takes a close for the end
                 break
-            delivery.read += len(block.records)
-            for error in errors:
-                delivery.refuse(error, ends=not delivery.keep_going)
-            block.note()
-            blocks.append(block)
-            if block.broken and keep_all:
-                while replay.read():
-                    pass
-            if watch.signals and not keeps:
-                break
-    except PackTrackError as error:
-        delivery.note(error, ends=not delivery.keep_going or error.ends_run)
-    except Interrupted:
-        delivery.stop()
-    if delivery.sink is None or delivery.ended and not keep_all:
-        return
-    delivery.sink.single, delivery.sink.total = scanner.single, delivery.read - delivery.invalid
-    for block in blocks:
-        if delivery.ended and not keeps:
-            return
+            try:
+                lock_file(descriptor, limits)
+                state = os.fstat(descriptor)
+                if self.is_file(state):  # while we waited for the lock, it may have been moved away
+                    return descriptor, state.st_size
+                os.close(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return self._descriptor, None
+
+    def is_file(self, identity):
+        """Tell whether this is the regular file of these fstat results."""
         try:
-            deliver_block(block, replay, scanner, delivery, batcher, watch)
-        except InputError as error:
-            delivery.note(error, ends=True)
-            if keeps:
-                delivery.unkept, delivery.unkept_why = delivery.unkept + block.count, str(error)
-    send_batches(batcher, True, delivery, watch)
+            named = os.fstat(1) if self._path == "-" else os.stat(self._path)
+        except OSError:
+            return False
+        return (named.st_dev, named.st_ino) == (identity.st_dev, identity.st_ino)
+
+    def close(self):
+        if self._descriptor not in (None, 1):
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
-def deliver_block(block, replay, scanner, delivery, batcher, watch):
-    """Read a noted Block again, and deliver it. Raises InputError where it was changed."""
-    if block.broken:
-        start, part = block.start, None
-        while part != b"":
-            part = replay.again(start, BLOCK)
-            delivery.keep(part or b"\n")
-            start += len(part)
-        return
-    records, errors = block.read_again(replay, scanner)
-    position = 0
-    for index in sorted(errors):
-        batcher.add(records[position:index])
-        batcher.skip()
-        send_batches(batcher, bool(delivery.ended), delivery, watch)
-        delivery.keep(json_lines(records[index:index + 1]), 1)
-        position = index + 1
-    batcher.add(records[position:])
-    send_batches(batcher, False, delivery, watch)
-
-
-def send_batches(batcher, all_of_it, delivery, watch):
-    """Deliver what a Batcher has ready, unless a signal or the deadline says otherwise."""
-    for batch in iter(lambda: batcher.take(all_of_it), None):
-        if watch.signals:
-            delivery.stop()
-        try:
-            watch.left()
-        except RetriesExhaustedError as error:
-            delivery.note(error, ends=True)
-        delivery.send(batch)
-
-
-def deliver_streamed(scanner, source, delivery, queue, watch, flush):
-    """Deliver while reading: the queue's thread sends. flush: whether to send what is queued at the end."""
-    try:
-        for block in scanner.blocks(source.read):
-            delivery.sink.single = scanner.single
-            records, errors = block.records, sorted(block.errors)
-            if errors and not delivery.keep_going:
-                del records[errors[0] + 1:], errors[1:]
-            delivery.read += len(records)
-            position = 0
-            for index in errors:
-                queue_records(records[position:index], True, queue, watch)
-                delivery.refuse(block.errors[index])
-                delivery.keep(json_lines(records[index:index + 1]), 1)
-                position = index + 1
-            queue_records(records[position:], False, queue, watch)
-            if delivery.ended or watch.signals or errors and not delivery.keep_going:
-                break
-    except PackTrackError as error:
-        delivery.note(error)
-    except Interrupted:
-        pass
-    if not (flush or delivery.errors or watch.signals):
-        delivery.stop()
-    queue.finish()
-    while not queue.join(PATIENCE):
-        if watch.count_signals() > 1:
-            delivery.stop()
-            delivery.sink.abort()
-
-
-def queue_records(records, skipped, queue, watch):
-    """Queue records, waiting while the queue is full; a second signal ends the waiting."""
+def lock_file(descriptor, limits):
+    """Lock an open file against our other processes until it is closed. Raises as Limits.check()."""
     while True:
-        records = records[queue.offer(records, skipped, force=watch.count_signals() > 1):]
-        if not records:
+        try:
+            try:
+                import fcntl
+
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # Windows, where a lock is on bytes from the current position on
+                import msvcrt
+
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
             return
-        queue.wait_for_room(PATIENCE, share=0.5)
+        except (BlockingIOError, PermissionError):  # the latter is what Windows says of a lock that is taken
+            limits.sleep(0.005)
+        except OSError:  # a file system without locks
+            return
 
 
-# ---- The command runner: a command, then an event on how it ended; else as if we were not there ------------
+def write_all(descriptor, data, limits):
+    """Write bytes; into what may block, such as a pipe, where there is room. Raises as Limits.check()."""
+    data, blocks = memoryview(data), not stat.S_ISREG(os.fstat(descriptor).st_mode)
+    most = getattr(select, "PIPE_BUF", 512) if blocks else len(data)  # so much fits where poll() sees room
+    while data:
+        try:
+            if blocks:
+                wait_until_ready(descriptor, limits)
+            data = data[os.write(descriptor, data[:most]):]
+        except BlockingIOError:  # another process was faster
+            pass
+
+
+def json_lines(records):
+    """Return records as NDJSON; line breaks within one, which are between its tokens, become spaces."""
+    return b"".join(
+        (record.replace(b"\r", b" ").replace(b"\n", b" ") if b"\n" in record else record) + b"\n"
+        for record in records)
+
+
+# ---- The command runner: a command, then an event on its end; the command runs as if it were alone ---------
 
 COMMAND_DELIVERY = 30.0
+HURRIED_DELIVERY = 5.0
 KILL_AFTER = 5.0
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND = 124, 126, 127
+PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM")
 
 
-class Ending:
-    """How a command (a list) ended. exit_code: what ours is then. fault: why it did not start, or None."""
+class CommandResult:
+    """How a command (a list) ended. run_command() makes it, and fills it in when the command has ended.
+
+    exit_code: what ours is then. signal: the name of the signal that ended the command, or None. failure: why
+    it could not be started, or None.
+    """
 
     def __init__(self, command):
-        self.name = display(os.path.basename(command[0]) or command[0], "-")
-        self.started_at, self._started = utc_timestamp(time.time()), time.monotonic()
-        self.exit_code, self.timed_out, self.signal, self.fault, self._seconds = None, False, None, None, 0.0
-
-    def seconds_to(self, timeout):
-        """Return the seconds until the command has run for timeout seconds, or None."""
-        return None if timeout is None else max(0.0, self._started + timeout - time.monotonic())
+        self.name = display(os.path.basename(command[0]) or command[0], "-") or "''"
+        self.started_at, self._started, self._seconds = utc_timestamp(time.time()), time.monotonic(), 0.0
+        self.exit_code, self.timed_out, self.signal, self.failure = None, False, None, None
 
     def not_started(self, error):
         self.exit_code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-        self.fault = "could not be run: " + reason(error)
+        self.failure = reason(error)
 
-    def ended(self, returncode):
+    def ended(self, returncode, timed_out):
         """Note how the command ended; returncode is negative for a signal."""
-        self._seconds = time.monotonic() - self._started
+        self._seconds, self.timed_out = time.monotonic() - self._started, timed_out
         if returncode < 0:
-            import signal
-
             known = {number.value: number.name for number in signal.Signals}
             self.signal = known.get(-returncode, "signal {}".format(-returncode))
-        self.exit_code = TIMED_OUT if self.timed_out else returncode if returncode >= 0 else 128 - returncode
+        self.exit_code = TIMED_OUT if timed_out else returncode if returncode >= 0 else 128 - returncode
 
     def event(self):
-        """Return the event that tells of it, without what the defaults have to give."""
+        """Return the event about it, without what the defaults have to give."""
         host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
         status = "timeout" if self.timed_out else "failed" if self.exit_code else "ok"
-        how = self.fault or ("timed out" if self.timed_out else "was ended by " + self.signal if self.signal
-                             else "exited with {}".format(self.exit_code))
+        how = ("could not be run: " + self.failure if self.failure else "timed out" if self.timed_out else
+               "was terminated by " + self.signal if self.signal else "exited with {}".format(self.exit_code))
         metadata = {"command": self.name, "duration_ms": int(self._seconds * 1000),
                     "started_at": self.started_at, "host": host}
         metadata.update({"signal": self.signal} if self.signal else {"exit_code": self.exit_code})
@@ -2528,119 +2452,248 @@ class Ending:
                 "message": "{} {} after {:.1f}s".format(self.name, how, self._seconds)}
 
 
-def run_command(command, timeout):
-    """Run a command (a list) with our own streams and descriptors; return its Ending.
+def run_command(command, timeout, limits, delivery_time):
+    """Run a command (a list) with our own streams and descriptors; return its CommandResult.
 
-    timeout: the seconds after which it is sent TERM, and KILL 5 s later; or None. INT, TERM, HUP and QUIT
-    that were sent to us are passed on.
+    timeout: the seconds after which it is sent TERM, and KILL 5 s later; or None. Signals sent to us are
+    passed on. From its end on, limits leave delivery_time (seconds) for the report, or 5 s after a signal.
     """
-    import signal
+    result, run = CommandResult(command), run_on_windows if os.name == "nt" else run_on_posix
+    numbers = {getattr(signal, name) for name in PASSED_ON if hasattr(signal, name)}
+    passed_on = {number for number in numbers if signal.getsignal(number) != signal.SIG_IGN}  # not with nohup
 
-    ending = Ending(command)
-    if os.name == "nt":
-        return run_on_windows(command, timeout, ending)
-    passed_on = {number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-                 if signal.getsignal(number) != signal.SIG_IGN}  # what nohup, say, has us ignore stays so
-    numbers = passed_on | {signal.SIGCHLD, signal.SIGALRM}
-    on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # Blocked before the command starts and taken one by one: none is lost in between, none interrupts us.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-
-    def as_it_was():
+    def start_delivery():
+        limits.deadline = limits.clock() + delivery_time
         for number in passed_on:
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGCHLD, on_child)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.signal(number, hurry_delivery)
+
+    def hurry_delivery(number, frame):
+        limits.deadline = min(limits.deadline, limits.clock() + HURRIED_DELIVERY)
 
     try:
-        process = start_process(command, as_it_was)
-        while process.poll() is None:
-            number, from_terminal = next_signal(numbers, ending.seconds_to(timeout))
-            if number is None:
-                process.send_signal(signal.SIGKILL if ending.timed_out else signal.SIGTERM)
-                process.send_signal(signal.SIGCONT)  # a stopped process would not hear of TERM
-                timeout, ending.timed_out = None if ending.timed_out else timeout + KILL_AFTER, True
-            elif number in passed_on and not (from_terminal and shares_terminal(process.pid, number)):
-                process.send_signal(number)
-        ending.ended(process.returncode)
+        result.ended(*run(command, timeout, passed_on, start_delivery))
     except (OSError, ValueError) as error:
-        ending.not_started(error)
-    finally:
-        for number in passed_on:  # what came for the command, or comes late, is not to end the delivery
-            signal.signal(number, lambda *_: None)
-        while next_signal(numbers, 0)[0] is not None:
-            pass
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return ending
+        result.not_started(error)
+    return result
 
 
-def shares_terminal(pid, number):
-    """Tell whether a signal that the terminal sent to us reached the process pid too."""
-    import signal
+def run_on_posix(command, timeout, passed_on, at_end):
+    """Run a command; return its exit code, or -n for signal n, and whether it took longer than timeout.
 
-    # A terminal that goes away tells the session's leader alone; else it tells the whole foreground group.
-    to_leader = number == signal.SIGHUP and os.getsid(0) == os.getpid()
-    return os.getpgid(pid) == os.getpgrp() and not to_leader
-
-
-def start_process(command, prepare):
-    """Start a command; like execvp(3), give a script that has no #! line to sh."""
-    import errno
-    import subprocess
-
+    passed_on: the signals that are passed on. at_end: called before signals may come in again.
+    """
+    # Blocked before the command starts and taken one by one: none is lost in between, none interrupts us.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD, signal.SIGALRM})
+    on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a child that is ignored leaves no status
+    environ, ignored = entry_state()
     try:
-        return subprocess.Popen(command, close_fds=False, preexec_fn=prepare)
-    except OSError as error:
-        if error.errno != errno.ENOEXEC:
-            raise
-    from shutil import which
+        reader, writer = os.pipe()
+        canary, early = Canary(passed_on), signal.sigpending()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for number in passed_on:
+                    signal.signal(number, signal.SIG_DFL)
+                signal.signal(signal.SIGCHLD, on_child)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                exec_command(command, environ, ignored)
+            except (OSError, ValueError) as error:
+                os.write(writer, str(getattr(error, "errno", 0) or 22).encode())
+            finally:
+                os._exit(NOT_EXECUTABLE)
+        os.close(writer)
+        returncode, timed_out = wait_for(pid, timeout, passed_on, canary, early)
+        number = int(os.read(reader, 10) or 0)  # an exec that succeeds closes the pipe
+        os.close(reader)
+        if number:
+            raise OSError(number, os.strerror(number))
+        return returncode, timed_out
+    finally:
+        at_end()
+        signal.signal(signal.SIGCHLD, on_child)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    return subprocess.Popen(["/bin/sh", which(command[0])] + command[1:], close_fds=False, preexec_fn=prepare)
+
+def wait_for(pid, timeout, passed_on, canary, early):
+    """Pass signals on to a process until it ends; return as run_on_posix(). early: those it has missed."""
+
+    def send(number, sent_to_group=False):
+        try:
+            if not sent_to_group or os.getpgid(pid) != os.getpgrp():
+                os.kill(pid, number)
+        except OSError:  # a setuid command takes no signals from us; it is waited for all the same
+            pass
+
+    timed_out, deadline = False, None if timeout is None else time.monotonic() + timeout
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            canary.end()
+            return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), timed_out
+        canary.died()
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        number = next_signal(passed_on | {signal.SIGCHLD, signal.SIGALRM}, left)
+        if number is None:
+            send(signal.SIGKILL if timed_out else signal.SIGTERM)
+            send(signal.SIGCONT)  # a stopped process would not hear of TERM
+            deadline, timed_out = None if timed_out else deadline + KILL_AFTER, True
+        elif number in passed_on:
+            send(number, canary.died(0.2) and number not in early)
+            early.discard(number)
 
 
 def next_signal(numbers, seconds):
-    """Return the next of the blocked signals, and whether a terminal sent it to all; or (None, False)."""
-    import signal
-
+    """Return the next of the blocked signals, or None after that many seconds (None: wait for ever)."""
     if hasattr(signal, "sigtimedwait"):
         info = signal.sigwaitinfo(numbers) if seconds is None else signal.sigtimedwait(numbers, seconds)
-        # SI_USER and its like are not positive.
-        return (None, False) if info is None else (info.si_signo, info.si_code > 0)
-    # macOS tells no sender and takes no time: an alarm ends the wait, the terminal's group tells the sender.
-    if seconds is not None:
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+        return info and info.si_signo
+    if seconds is None:
+        return signal.sigwait(numbers)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))  # macOS: an alarm ends the wait
     number = signal.sigwait(numbers)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    if number == signal.SIGALRM:
-        return None, False
-    try:
-        with open("/dev/tty") as terminal:
-            return number, number != signal.SIGTERM and os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-    except OSError:
-        return number, False
+    return None if number == signal.SIGALRM else number
 
 
-def run_on_windows(command, timeout, ending):
-    """run_command for Windows, where Ctrl-C reaches every process of the console and TERM does not exist."""
-    import signal
+class Canary:
+    """A process of our group, which dies of what is sent to the whole group, and so to the command as well.
+
+    run_on_posix() makes it, so that the command gets no second copy from us of what a terminal, timeout(1) or
+    `kill -PGID` sent. It is a cat that reads a pipe: pkill(1) does not take it for us, and it
+    ends when we do, however that may be.
+    """
+
+    def __init__(self, signals):
+        self._signals, self._pid, self._writer, self._died = signals, None, None, -1.0
+        self._start()
+
+    def _start(self):
+        try:
+            reader, self._writer = os.pipe()
+            self._pid = os.fork()
+        except OSError:  # no room for one
+            return
+        if self._pid == 0:
+            try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
+                for descriptor in (0, 1):
+                    os.dup2(reader, descriptor)
+                    os.set_inheritable(descriptor, True)
+                # It must not hold a lock or a pipe open.
+                os.closerange(2, 1 + max(map(int, os.listdir("/dev/fd"))))
+                os.chdir("/")
+                os.execve("/bin/cat", ["cat"], {})
+            finally:
+                os._exit(0)
+        os.close(reader)
+
+    def died(self, seconds=0.0):
+        """Return whether a signal killed it, just now or within so many seconds; if so, start another."""
+        until = time.monotonic() + seconds
+        while True:
+            ended, status = os.waitpid(self._pid, os.WNOHANG) if self._pid else (0, 0)
+            if ended:
+                os.close(self._writer)
+                self._pid = None
+                if os.WIFSIGNALED(status):
+                    self._died = time.monotonic()
+                    self._start()
+            if time.monotonic() < self._died + 0.02:  # our own copy, or timeout(1)'s second
+                return True
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.002)
+
+    def end(self):
+        if self._pid:
+            os.close(self._writer)
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+
+def run_on_windows(command, timeout, passed_on, at_end):
+    """run_on_posix() for Windows, where Ctrl-C reaches every process of the console and there is no TERM."""
     import subprocess
 
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        process = subprocess.Popen(command, close_fds=False)
+        process, timed_out = subprocess.Popen(command, close_fds=False), False
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            ending.timed_out = True
+            timed_out = True
             process.kill()
-        ending.ended(process.wait())
-    except (OSError, ValueError) as error:
-        ending.not_started(error)
+        return process.wait(), timed_out
     finally:
-        signal.signal(signal.SIGINT, before)
-    return ending
+        at_end()
 
 
+def die_of(number):
+    """End this process by a signal's default action, without a core; return where it cannot be (PID 1)."""
+    try:
+        import resource
+
+        # 1, since the kernel starts the program in core_pattern even where the limit is 0.
+        hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+        resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        os.kill(os.getpid(), number)
+    except (ImportError, AttributeError, OSError, ValueError):  # Windows has none of these
+        pass
+
+
+def report_command(settings, reporter):
+    """Run the command of the settings and report how it ended; return the exit code, the command's own.
+
+    Where a signal ended the command, this process dies of it too.
+    """
+    limits, error, command = Limits(), settings.trouble, settings.command
+    settings["progress"] = False
+    reporter.configure(settings, limits)
+    try:
+        if error is None:
+            event_from_flags(settings, CommandResult(command).event())
+            if not settings["api-key-file"] and not settings["output"]:  # a file may be a pipe
+                read_key(settings, limits, reporter)
+    except Exception as failure:  # whatever it is, the command runs
+        error = failure if isinstance(failure, PackTrackError) else internal_error(failure)
+    if error is not None:
+        reporter.error("{}; running the command without reporting".format(error))
+    delivery_time = settings["deadline"] or COMMAND_DELIVERY
+    result = run_command(command, settings["command-timeout"], limits, delivery_time)
+    if result.failure:
+        reporter.error("cannot run {}: {}".format(display(command[0], "-") or result.name, result.failure))
+    if error is None:
+        error = deliver_result(result, settings, limits, reporter)
+    handle_signals(signal.SIG_IGN, PASSED_ON)  # all is said: nothing is to come between this and the end
+    if result.signal and not result.timed_out:
+        die_of(result.exit_code - 128)
+    return error.exit_code if settings["strict"] and error and not result.exit_code else result.exit_code
+
+
+def deliver_result(result, settings, limits, reporter):
+    """Send the event about a command's end; return the error, which has been logged, or None."""
+    delivery, event = None, result.event()
+    if settings.from_flag("message"):
+        event["message"] = settings["message"]
+    try:
+        delivery = make_delivery(settings, limits, reporter)
+        deliver_event(event_from_flags(settings, event), delivery)
+        delivery.finish()
+        error = delivery.error
+    except Exception as failure:
+        error = failure if isinstance(failure, PackTrackError) else internal_error(failure)
+    if error is not None:
+        text = "could not report the result of {}: {}".format(result.name, error)
+        if delivery and delivery.kept:
+            text += "; event kept in {}".format(display(settings["undelivered"], "-"))
+        elif delivery and delivery.unkept:
+            text += "; event could not be saved to {}: {}".format(
+                display(settings["undelivered"], "-"), delivery.unkept_why.rpartition(": ")[2])
+        reporter.error(text)
+    return error
 # ---- Reporting: the only writer to the standard streams ----------------------------------------------------
 
 MOST_WARNINGS = 20
@@ -2650,11 +2703,11 @@ SHORTEST_SECRET = 6
 class Reporter:
     """Writes to the standard streams, without secrets; a stream that is closed or full changes no verdict.
 
-    delivery: the Delivery that is reported of, or None.
+    Made by main; every thread may write with it. limits: what ends the waiting for room in a pipe.
     """
 
     def __init__(self, argv, environ):
-        self.delivery, self.verbose, self._secrets, self._warnings = None, False, [], 0
+        self.verbose, self.limits, self._secrets, self._warnings = False, Limits(), [], 0
         self._progress = self._terminal = self._line_open = False
         self._started = self._shown = time.monotonic()
         self.hide(environ.get("PACKTRACK_API_KEY"))
@@ -2666,280 +2719,279 @@ class Reporter:
         if secret and len(secret) >= SHORTEST_SECRET:
             self._secrets.append(secret)
 
-    def configure(self, settings):
-        self.verbose = settings["verbose"]
+    def configure(self, settings, limits):
+        self.verbose, self.limits = settings["verbose"], limits
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._progress = self._terminal if settings["progress"] is None else settings["progress"]
+        shows = self._terminal if settings["progress"] is None else settings["progress"]
+        self._progress = shows and bool(settings["file"] or settings["stdin"])
 
     def out(self, text):
-        self._write(sys.stdout, text)
+        """Write what was asked for to standard output. Raises InputError where it cannot be written."""
+        try:
+            if sys.stdout is None:
+                raise OSError("it is closed")
+            self._write(sys.stdout, text)
+        except BrokenPipeError:  # the reader has seen enough
+            pass
+        except (OSError, ValueError) as error:
+            raise InputError("cannot write to standard output: {}".format(reason(error)))
 
-    def say(self, text):
-        line, self._line_open = "\r\x1b[K" if self._line_open else "", False
-        self._write(sys.stderr, "{}{}: {}\n".format(line, PROGRAM, text))
+    def log(self, text, line="{}: {}\n"):
+        """Write a line to standard error."""
+        line, self._line_open = "\r\x1b[K" * self._line_open + line, "\n" not in line
+        try:
+            self._write(sys.stderr, line.format(PROGRAM, text))
+        except (OSError, ValueError, AttributeError):  # closed or full; None, if closed from the start
+            pass
+
+    def error(self, text):
+        self.log("error: " + text)
 
     def trace(self, text):
         if self.verbose:
-            self.say(text)
+            self.log(text)
 
     def warn(self, text):
-        """Tell of a failure that does not end the run; of many, only the first."""
+        """Log a failure that does not end the run; of many, only the first."""
         self._warnings += 1
         if self._warnings <= MOST_WARNINGS:
-            self.say(text if self._warnings < MOST_WARNINGS else "further failures are only counted")
+            self.log(text if self._warnings < MOST_WARNINGS else "further failures are only counted")
 
-    def progress(self):
-        """Show how far the delivery is, from the second second on."""
-        now, delivery = time.monotonic(), self.delivery
+    def progress(self, delivery):
+        """Show how far a Delivery is, after the first second."""
+        now = time.monotonic()
         seconds, pause = now - self._started, 0.2 if self._terminal else 1
         if not self._progress or seconds < 1 or now - self._shown < pause:
             return
-        self._shown, words = now, "{} records read".format(delivery.read)
+        self._shown = now
+        text = "{} record{} read".format(delivery.read, "" if delivery.read == 1 else "s")
         if delivery.delivered:
-            words += ", {} delivered, {:.0f}/s".format(delivery.delivered, delivery.delivered / seconds)
-        if delivery.sink is not None and delivery.sink.total:
-            done = delivery.delivered + delivery.undelivered
-            words += ", {:.0f} %".format(100.0 * done / delivery.sink.total)
-        line = "\r{0}\x1b[K" if self._terminal else "{1}: {0}\n"
-        self._write(sys.stderr, line.format(words, PROGRAM))
-        self._line_open = self._terminal
+            text += ", {} delivered, {:.0f}/s".format(delivery.delivered, delivery.delivered / seconds)
+        if delivery.total:
+            text += ", {:.0f} %".format(100.0 * (delivery.delivered + delivery.undelivered) / delivery.total)
+        if self._terminal:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            self.log(text[:width - 1], "{1}")
+        else:
+            self.log(text)
 
-    def finish(self, error, signal):
-        """Tell how the run ended; return the error and exit code. signal: a number or None."""
-        if signal:
-            error = PackTrackError("stopped by signal {}".format(signal), kind="interrupted")
+    def finish(self, error, delivery):
+        """Log how the run ended: the error or None, with what its Delivery (or None) has accounted for."""
         if error is not None:
-            self.say("error: {}{}".format(error, accounting(self.delivery) if self.delivery else ""))
+            usage = "\n" + SHORT_USAGE.rstrip() if error.kind == "usage" else ""
+            self.error("{}{}{}".format(error, account(delivery) if delivery is not None else "", usage))
         elif self._line_open:
-            self._write(sys.stderr, "\r\x1b[K")
-        return error, 128 + signal if signal else 0 if error is None else error.exit_code
+            self.log("", "{1}")
 
-    def summarise(self, error, code):
-        client = getattr(self.delivery and self.delivery.sink, "client", None)
+    def summarize(self, error, code, delivery):
+        """Print the line of --json; where that cannot be, a line on standard error says so."""
         summary = {"ok": code == 0, "exit_code": code}
         for name in ("read", "delivered", "undelivered", "invalid"):
-            summary[name] = getattr(self.delivery, name, 0)
+            summary[name] = getattr(delivery, name, 0)
         for name in ("requests", "retries", "bytes_sent"):
-            summary[name] = getattr(client, name, 0)
+            summary[name] = delivery.sum(name) if delivery is not None else 0
         summary["seconds"] = round(time.monotonic() - self._started, 3)
         summary["error"] = None if error is None else {
             "kind": error.kind, "message": error.args[0], "status": error.status, "where": error.where}
-        self.out(json.dumps(summary) + "\n")
+        try:
+            self.out(json.dumps(summary) + "\n")
+        except InputError as failure:
+            self.error("the --json summary is lost: {}".format(failure))
 
     def _write(self, stream, text):
         data = redact(text, self._secrets).encode("utf-8", "backslashreplace")
         try:
-            descriptor = stream.fileno()
-            while data:
-                data = data[os.write(descriptor, data):]
-        except (OSError, ValueError, AttributeError):  # closed or full; None, if closed from the start
-            pass
+            write_all(stream.fileno(), data, self.limits)
+        except (Interrupted, RetriesExhaustedError):
+            raise OSError("nobody reads it")
 
 
-def accounting(delivery):
+def account(delivery):
     """Return the end of the failure line: what was delivered and what was not."""
-    if delivery.read < 2:
-        return "; it could not be kept: " + delivery.unkept_why if delivery.unkept else ""
-    refused = delivery.invalid and not (delivery.keep_going or delivery.delivered)
-    words = "; {} of {} records delivered".format(delivery.delivered, delivery.read)
-    if refused and not getattr(getattr(delivery.sink, "client", None), "requests", 0):
-        words = "; nothing was sent of {} records read".format(delivery.read)
-    elif delivery.undelivered:
-        ranges = ", ".join(describe_range(*pair) for pair in delivery.ranges[:10])
-        words += ", {} not: records {}".format(delivery.undelivered, ranges)
-        words += " and more" if len(delivery.ranges) > 10 else ""
-    if delivery.invalid:
-        words += ", {} invalid".format(delivery.invalid)
+    text, read = "", delivery.read
+    if read > 1 and delivery.invalid and not (delivery.keep_going or delivery.sum("requests")):
+        text = "; {} records read, {} invalid, none sent".format(read, delivery.invalid)
+    elif read > 1:
+        text = "; delivered {} of {}".format(delivery.delivered, read)
+        if delivery.ranges:
+            text += "; not delivered: " + describe_ranges(delivery.ranges)
+        elif delivery.undelivered:
+            text += "; {} not delivered".format(delivery.undelivered)
+        if delivery.invalid:
+            text += "; {} invalid".format(delivery.invalid)
     if delivery.unkept:
-        words += "; {} could not be kept: {}".format(delivery.unkept, delivery.unkept_why)
-    return words
+        text += "; {} not saved: {}".format(delivery.unkept, delivery.unkept_why)
+    return text
 
 
 def internal_error(error):
-    """Return the PackTrackError for an exception that should not have been possible."""
-    place = error.__traceback__
-    while place.tb_next is not None:
-        place = place.tb_next
+    """Return the PackTrackError for an exception that should not have been possible, or of a poor Python."""
+    if isinstance(error, MemoryError):
+        return RetriesExhaustedError("out of memory", kind="memory", ends_run=True)
+    if isinstance(error, ImportError):
+        return PackTrackError(MISSING_MODULE.format(error.name), kind="python", ends_run=True)
+    origin = error.__traceback__
+    while origin.tb_next is not None:
+        origin = origin.tb_next
     return PackTrackError("internal error: {} at line {}; please report it".format(
-        type(error).__name__, place.tb_lineno), kind="internal", ends_run=True)
+        type(error).__name__, origin.tb_lineno), kind="internal", ends_run=True)
 
 
 # ---- main: from settings to what does the work -------------------------------------------------------------
 
 
-def open_appender(settings, name, mode, error_class):
+def open_appender(settings, name, mode, limits, source, error_class, saving=False):
     """Return the Appender of an option that names a file, or None; check it before anything is sent."""
+    if not settings[name]:
+        return None
+    where = settings.sources[name]
     try:
-        return Appender(settings[name], mode) if settings[name] else None
+        appender = Appender(settings[name], mode, limits, saving)
     except InputError as error:
-        raise error_class(str(error), where=settings.sources[name])
+        raise error_class(str(error), where=where)
+    if source is not None and source.is_file and appender.is_file(source.identity):
+        raise InvalidError("is the input itself; name another file", where=where)
+    return appender
 
 
-def read_key(settings, watch, reporter):
+def read_key(settings, limits, reporter):
     """Return the API key, from its option or from the first line of its file. Raises InvalidError."""
-    key, name = settings["api-key"], settings.sources.get("api-key-file")
+    key, flag = settings["api-key"], settings.sources.get("api-key-file")
     if settings["api-key-file"]:
         text = b""
         try:
-            source = Source(settings["api-key-file"], watch)
-            for chunk in iter(source.read, b""):
+            source = Source(settings["api-key-file"], limits)
+            for chunk in source.chunks():
                 text += chunk
-                if b"\n" in text or len(text) > BLOCK:
+                if b"\n" in chunk or len(text) > BLOCK:
                     break
             source.close()
-            key = parse_header(text.split(b"\n")[0].decode("utf-8").strip())
+            key = text.split(b"\n")[0].decode("utf-8").strip()
+            if not key:
+                raise InputError("the first line of {} is empty".format(source.name))
+            parse_header(key)
         except InputError as error:
-            raise InvalidError(str(error), where=name)
+            raise InvalidError(str(error), where=flag)
         except ValueError:
-            why = "the file's first line must be the key, in visible ASCII (it is not shown)"
-            raise InvalidError(why, where=name)
-        if source.is_file and os.name != "nt" and source.mode & 0o077:
-            reporter.trace("{}: others may read the file; chmod 600 would keep it yours".format(name))
+            why = "the first line of {} contains characters not allowed in a header (not shown)"
+            raise InvalidError(why.format(source.name), where=flag)
+        if source.is_file and os.name != "nt" and source.identity.st_mode & 0o077:
+            reporter.trace("key file is readable by others; chmod 600 {}".format(source.name))
     if not key:
         raise InvalidError("no API key: set PACKTRACK_API_KEY, or use --api-key-file or --api-key")
+    if len(key) < SHORTEST_SECRET:
+        reporter.trace("the API key is too short to be redacted from messages")
     reporter.hide(key)
     return key
 
 
-def make_client(settings, watch, reporter):
-    """Return the Client that the settings describe."""
-    return Client(
-        read_key(settings, watch, reporter), settings["base-url"], settings["timeout"], settings["retries"],
-        settings["backoff-initial"], settings["backoff-max"], settings["jitter"], settings["user-agent"],
-        settings["gzip"], settings["health-path"], trace=reporter.trace if reporter.verbose else None,
-        watch=ThreadWatch(watch.deadline) if settings["async"] else watch)
+def make_clients(settings, limits, reporter, number=1):
+    """Return a list of Clients that the settings describe."""
+    values = {name.replace("-", "_"): settings[name] for name in (
+        "base-url", "timeout", "retries", "backoff-initial", "backoff-max", "jitter", "user-agent", "gzip",
+        "health-path")}
+    key = read_key(settings, limits, reporter)
+    source = settings.sources.get("api-key", settings.sources.get("api-key-file"))
+    return [Client(key, key_source=source, limits=limits, trace=reporter.trace if reporter.verbose else None,
+                   **values) for _ in range(number)]
 
 
-def make_delivery(settings, watch, reporter):
-    """Return the Delivery that the settings describe, and have the reporter report of it."""
-    undelivered = sink = None
+def make_delivery(settings, limits, reporter, source=None):
+    """Return the Delivery that the settings describe. source: the input, which it must not write to."""
+    clients, output, undelivered, probe = (), None, None, None
     if not settings["dry-run"]:
-        undelivered = open_appender(settings, "undelivered", 0o600, InvalidError)
-        if settings["output"]:
-            sink = FileSink(open_appender(settings, "output", 0o666, InputError))
-        else:
-            sink = HttpSink(make_client(settings, watch, reporter), settings["idempotency-key"],
-                            reporter.trace if reporter.verbose else None, settings["health-enable"])
-    reporter.delivery = Delivery(sink, settings["keep-going"], undelivered, reporter.warn, reporter.progress)
-    return reporter.delivery
+        undelivered = open_appender(settings, "undelivered", 0o600, limits, source, InvalidError, saving=True)
+        output = open_appender(settings, "output", 0o666, limits, source, InputError)
+        if output is None:
+            number = settings["connections"] if source is not None else 1
+            clients = make_clients(settings, limits, reporter, number)
+            probe = check_health if settings["health-enable"] else None
+    return Delivery(limits, reporter, clients, output, undelivered, settings["keep-going"],
+                    settings["idempotency-key"], probe)
 
 
 def event_from_flags(settings, event):
     """Return the record of an event that the event options complete. Raises InvalidError that names flags."""
-    missing = [option.flag for option in OPTIONS if option.field in REQUIRED
-               and not settings[option.name] and option.field.split(".")[0] not in event]
+    defaults = event_defaults(settings)
+    missing = [option for option in OPTIONS if option.field in REQUIRED
+               and field_value(event, option.field) is None and field_value(defaults, option.field) is None]
     if missing:
-        flags = "the flag" if len(missing) == 1 else "the flags"
-        raise InvalidError("missing {}: give {} or the variable".format(", ".join(missing), flags))
-    return dump_json(complete_event(event, event_defaults(settings), utc_timestamp(time.time())))
+        raise InvalidError("missing required {} (or {}){}".format(
+            ", ".join(option.flag for option in missing), ", ".join(option.variable for option in missing),
+            stdin_hint()))
+    return dump_json(complete_event(event, defaults, utc_timestamp(time.time())))
 
 
 def deliver_event(record, delivery):
     """Deliver one event, the bytes of its JSON."""
-    delivery.read = 1
-    if delivery.sink is not None:
-        delivery.sink.single, delivery.sink.total = True, 1
-        delivery.send(Batch([record], range(1, 2)))
+    delivery.single, delivery.total = True, 1
+    delivery.count_read([record])
+    send_batches(iter([([record], [1])]), delivery)
 
 
-def deliver_input(settings, watch, delivery):
-    """Deliver what a file or standard input holds."""
-    source = Source("-" if settings["stdin"] else settings["file"], watch)
-    scanner = Scanner(source.name, settings["ndjson"], event_defaults(settings))
-    size, limit = settings["batch-size"], settings["max-batch-bytes"]
-    if settings["async"] and delivery.sink is not None:
-        queue = AsyncClient(None, size, settings["flush-interval"], settings["queue-capacity"], limit,
-                            deliver=delivery.send)
-        deliver_streamed(scanner, source, delivery, queue, watch, not settings["no-flush"])
-        source.close()
+def deliver_input(settings, limits, delivery, source):
+    """Deliver what a Source holds: the chain, from end to end."""
+    reader = Reader(source, settings["ndjson"], event_defaults(settings), settings["allow-empty"])
+    streams = settings["async"] and not settings["dry-run"]
+    # What came through a pipe is nobody else's: once it is refused, it is read to its end to be saved.
+    keeps_rest = delivery.undelivered_file is not None and not source.is_file
+    runs = accept_valid(reader, delivery, streams, keeps_rest)
+    if settings["dry-run"]:
+        for _ in runs:
+            pass
+        return
+    if streams:
+        runs = read_ahead(runs, delivery, limits, settings["queue-capacity"], settings["flush-interval"],
+                          not settings["no-flush"])
     else:
-        replay = Replay(source, keep=delivery.sink is not None)
-        deliver_kept(scanner, replay, delivery, Batcher(size, limit), watch)
-        replay.close()
+        runs = keep_until_valid(runs, delivery, keeps_rest, source.name)
+    send_batches(cut_batches(runs, settings["batch-size"], settings["max-batch-bytes"]), delivery)
 
 
-def run(settings, watch, reporter):
-    """Do what the settings say; return the error whose exit code stands, or None. Raises PackTrackError."""
-    if settings["health"]:
-        return check_health(settings, watch, reporter)
-    delivery = make_delivery(settings, watch, reporter)
+def run(settings, limits, reporter):
+    """Do what the settings say; return the Delivery. Raises PackTrackError."""
+    if not (settings["file"] or settings["stdin"]):
+        record, source = event_from_flags(settings, {}), None
+    else:
+        source = Source("-" if settings["stdin"] else settings["file"], limits)
+    delivery = make_delivery(settings, limits, reporter, source)
     try:
-        if settings["file"] or settings["stdin"]:
-            deliver_input(settings, watch, delivery)
-        else:
-            deliver_event(event_from_flags(settings, {}), delivery)
-    finally:
-        delivery.lose_rest()
-        delivery.close()
-    return delivery.error
+        if source is not None:
+            deliver_input(settings, limits, delivery, source)
+        elif not settings["dry-run"]:
+            deliver_event(record, delivery)
+    except Exception as error:  # what was read is still to be accounted for
+        delivery.note(error if isinstance(error, PackTrackError) else internal_error(error), ends=True)
+    delivery.finish()
+    return delivery
 
 
-def check_health(settings, watch, reporter):
-    """Ask the service's health. Raises InvalidError, whose exit code is 1, unless it is healthy."""
-    client = make_client(settings, watch, reporter)
+def check_health(client, reporter):
+    """Log the service's health; return an InvalidError, whose exit code is 1, unless it is healthy."""
     try:
         client.health_check()
         reporter.trace("the service is healthy")
+        return None
     except PackTrackError as error:
         why = "the service is not healthy: {}".format(error)
-        raise InvalidError(why, status=error.status, kind="unhealthy")
-    finally:
-        client.close()
+        reporter.trace(why)
+        return InvalidError(why, status=error.status, kind="unhealthy")
 
 
-def guarded(watch, work, *arguments):
-    """Return the error that work(*arguments) returns or raises, or None; INT and TERM go to the watch."""
-    import gc
-    import signal
-
-    collecting = gc.isenabled()
-    gc.disable()  # records make no cycles, and to look for some among millions takes a third of the time
-    before = {number: signal.signal(number, watch.handle_signal) for number in (signal.SIGINT, signal.SIGTERM)
-              if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        return work(*arguments)
-    except PackTrackError as error:
-        return error
-    except Interrupted:
-        return None
-    except Exception as error:
-        return internal_error(error)
-    finally:
-        for number, handler in before.items():
+def handle_signals(handler, names=("SIGINT", "SIGTERM", "SIGHUP")):
+    """Set the handler of signals, but for those that are ignored, as by nohup."""
+    for number in {getattr(signal, name, signal.SIGTERM) for name in names}:  # Windows has no HUP
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
-        if collecting:
-            gc.enable()
 
 
-def report_command(settings, reporter):
-    """Run the command of the settings and report how it ended; return the exit code, the command's own."""
-    trouble, settings["async"] = settings.trouble, None
-    if trouble is None:
-        try:
-            event_from_flags(settings, Ending(settings.command).event())
-        except InvalidError as error:
-            trouble = error
-    if trouble is not None:
-        reporter.say("error: {}; the command runs, and will not be reported".format(trouble))
-    ending = run_command(settings.command, settings["command-timeout"])
-    if ending.fault:
-        reporter.say("error: {} {}".format(ending.name, ending.fault))
-    if trouble is None:
-        watch, event = Watch(settings["deadline"] or COMMAND_DELIVERY), ending.event()
-        told = filter(settings.from_flag, ("status", "severity", "message"))
-        event.update({name: settings[name] for name in told})
-
-        def deliver_ending():
-            delivery = make_delivery(settings, watch, reporter)
-            deliver_event(event_from_flags(settings, event), delivery)
-            delivery.close()
-            return delivery.error
-
-        trouble = guarded(watch, deliver_ending)
-        if trouble is not None or watch.signals:
-            why = trouble or "stopped by a signal"
-            reporter.say("error: the command's end was not reported: {}".format(why))
-    return trouble.exit_code if settings["strict"] and trouble and not ending.exit_code else ending.exit_code
+def stdin_hint():
+    """Return words for who forgot --stdin: standard input is a pipe or a file; else nothing."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:
+        return ""
+    return "; standard input was not read: add --stdin" if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
 
 
 def wants_json(argv, environ):
@@ -2953,28 +3005,47 @@ def wants_json(argv, environ):
 def main(argv=None):
     """Run the program with the arguments argv (by default the process's own) and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    reporter, settings, watch = Reporter(argv, os.environ), None, Watch()
+    reporter, settings, limits, delivery, error = Reporter(argv, os.environ), None, Limits(), None, None
     try:
         settings = resolve(argv, os.environ)
         if settings["help"] or settings["version"] or settings["completion"]:
-            reporter.out(help_text() if settings["help"] else completion(settings["completion"])
-                         if settings["completion"] else "{} {}\n".format(PROGRAM, VERSION))
+            reporter.out(help_text(settings["help"] == "long") if settings["help"] else
+                         completion(settings["completion"]) if settings["completion"] else
+                         "{} {}\n".format(PROGRAM, VERSION))
             return 0
-        reporter.configure(settings)
         if settings.command is not None:
             return report_command(settings, reporter)
+        limits = Limits(settings["deadline"], patience=2 if settings["async"] else 1)
+        reporter.configure(settings, limits)
+        handle_signals(limits.handle_signal)
         if not argv and not any(settings[name] for name in ("message", "file", "stdin", "health")):
-            reporter.say("nothing to send\n" + USAGE + "See packtrack-logger --help.")
-            return 1
-        watch = Watch(settings["deadline"])
-        error = guarded(watch, run, settings, watch, reporter)
+            raise InvalidError("nothing to send" + stdin_hint(), kind="usage")
+        gc.disable()  # records make no cycles, and to look for some among millions takes a third of the time
+        if settings["health"]:
+            delivery = Delivery(limits, reporter, make_clients(settings, limits, reporter))
+            error = check_health(delivery.clients[0], reporter)
+            delivery.finish()
+        else:
+            delivery = run(settings, limits, reporter)
+            error = delivery.error
     except PackTrackError as refusal:
         error = refusal
-    except KeyboardInterrupt:  # before there was anything to interrupt
-        return 130
-    error, code = reporter.finish(error, watch.signals[0] if watch.signals else None)
+    except Interrupted:
+        pass
+    except KeyboardInterrupt:  # before it was handled
+        limits.signals.append(signal.SIGINT)
+    except Exception as failure:
+        error = internal_error(failure)
+    handle_signals(signal.SIG_IGN)  # from here on the verdict stands
+    ended_by = limits.signals[0] if limits.signals else None
+    if ended_by:
+        error = PackTrackError("interrupted ({})".format(signal.Signals(ended_by).name), kind="interrupted")
+    code = 128 + ended_by if ended_by else 0 if error is None else error.exit_code
+    reporter.finish(error, delivery)
     if settings["json"] if settings is not None else wants_json(argv, os.environ):
-        reporter.summarise(error, code)
+        reporter.summarize(error, code, delivery)
+    if ended_by:
+        die_of(ended_by)
     return code
 
 

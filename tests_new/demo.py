@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""What `make demo` runs: demo.py ARCHIVE starts a stand-in of the service, sends one event from flags, a JSON
+array, an NDJSON stream with a 503 on the way and the outcome of a command, and shows what arrives.
+
+Exits 1 if anything does not arrive as it should. Standard library only; Python 3.6 or newer.
+"""
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import textwrap
+
+from standin import KEY, StandIn
+
+NUMBER = 5000
+WHO = "--source-system shop --workflow-id nightly --actor-type agent --actor-id a-42".split()
+
+
+def make_event(message, **fields):
+    """A complete event, as the service stores it."""
+    return {"timestamp": "2025-01-01T00:00:00Z", "source": {"system": "shop"}, "workflow": {"id": "nightly"},
+            "actor": {"type": "agent", "id": "a-42"}, "severity": "info", "status": "ok", "message": message,
+            **fields}
+
+
+def show(words, pipe):
+    """A command as one would type it, folded."""
+    line = "cat %s | packtrack-logger " % pipe if pipe else "packtrack-logger "
+    line += " ".join(shlex.quote(word).replace(" ", "\0") for word in words)  # a word is not folded
+    lines = textwrap.wrap(line, 92, break_long_words=False, break_on_hyphens=False)
+    print("   $ " + " \\\n       ".join(lines).replace("\0", " "))
+
+
+def describe(request):
+    """A request and its answer."""
+    kind = "array of %d" % len(request.json) if isinstance(request.json, list) else "object"
+    gzip = " (gzip)" if "content-encoding" in request.headers else ""
+    return "%s %s  %-12s %7d bytes%s  -> %s" % (
+        request.method, request.path, kind, len(request.raw_body), gzip, request.status)
+
+
+class Demo:
+    """The steps, and what was wrong with them. Made by main."""
+
+    def __init__(self, archive, server, folder):
+        self.program, self.server, self.folder, self.wrong = [sys.executable, archive], server, folder, []
+        self.environ = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "HOME": folder,
+                        "PACKTRACK_API_KEY": KEY, "PACKTRACK_BASE_URL": server.url}
+
+    def step(self, title, words, as_expected, statuses, pipe=None, code=0):
+        """Run the program; as_expected(records) judges what arrived."""
+        print("\n%s" % title)
+        show(words, pipe)
+        seen, requests = len(self.server.records), len(self.server.requests)
+        with open(os.path.join(self.folder, pipe) if pipe else os.devnull, "rb") as source:
+            feeder = subprocess.Popen(["cat"], stdin=source, stdout=subprocess.PIPE)
+        process = subprocess.Popen(self.program + words, cwd=self.folder, env=self.environ,
+                                   stdin=feeder.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        feeder.stdout.close()
+        out, err = process.communicate()
+        feeder.wait()
+        for line in (out + err).decode("utf-8", "replace").splitlines():
+            print("   %s" % line)
+        requests, records = self.server.requests[requests:], self.server.records[seen:]
+        print("   exit code %d; at the server:" % process.returncode)
+        lines = [describe(request) for request in requests]
+        if len(lines) > 6:
+            lines[4:-1] = ["...  %d more" % (len(lines) - 5)]
+        for line in lines:
+            print("     " + line)
+        good = as_expected(records)
+        print("   records: %d, %s" % (len(records), "as expected" if good else "NOT AS EXPECTED"))
+        answered = [request.status for request in requests]
+        for wrong, why in ((process.returncode != code, "exit code %d" % process.returncode),
+                           (not good, "other records arrived than should"),
+                           (answered != statuses, "the server answered %s, not %s" % (answered, statuses)),
+                           (KEY.encode("ascii") in out + err, "the API key was printed")):
+            if wrong:
+                self.wrong.append("%s: %s" % (title, why))
+
+
+def main(argv):
+    """Run the demo; 0 if all arrived."""
+    if len(argv) != 2 or not os.path.isfile(argv[1]):
+        print("usage: demo.py ARCHIVE (make build makes dist/packtrack-logger.pyz)", file=sys.stderr)
+        return 1
+    # One event, one array, then a 503 for the stream's second batch.
+    with tempfile.TemporaryDirectory() as folder, StandIn(script=[200, 200, 200, 503]) as server:
+        print("%s on Python %s; the stand-in service listens on %s" % (
+            os.path.basename(argv[1]), platform.python_version(), server.url))
+        demo = Demo(os.path.abspath(argv[1]), server, folder)
+        one = make_event("checkout completed", metadata={"cart_total": 123.45})
+        array = [make_event("step %d" % number, metadata={"step": number}) for number in (1, 2, 3)]
+        stream = [make_event("event %d" % number, metadata={"number": number}) for number in range(NUMBER)]
+        with open(os.path.join(folder, "events.json"), "w") as file:
+            json.dump(array, file, indent=2)
+        with open(os.path.join(folder, "events.ndjson"), "w") as file:
+            file.write("".join(json.dumps(each) + "\n" for each in stream))
+
+        demo.step("1. One event from flags", [
+            *WHO, "--timestamp", one["timestamp"], "--severity", "info", "--status", "ok", "--message",
+            one["message"], "--metadata", '{"cart_total": 123.45}'], lambda records: records == [one], [200])
+        demo.step("2. A file with a JSON array", ["--file", "events.json"],
+                  lambda records: records == array, [200])
+        demo.step("3. %d events as NDJSON through a pipe, gzipped; the server fails once on the way" % NUMBER,
+                  ["--stdin", "--ndjson", "--gzip", "--json"], lambda records: records == stream,
+                  [200, 503] + [200] * (NUMBER // 100 - 1), pipe="events.ndjson")
+        command = ["sh", "-c", "exit 3"] if os.name == "posix" else [sys.executable, "-c", "exit(3)"]
+        demo.step("4. The outcome of a command, whose exit code stands", [*WHO, "--", *command],
+                  lambda records: [each["metadata"]["exit_code"] for each in records] == [3], [200], code=3)
+    wrong = demo.wrong + ["the server objected: %s" % why for why in server.checks]
+    print("\n" + ("\n".join("WRONG: %s" % line for line in wrong) or
+                  "All %d records arrived, each once." % len(server.records)))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,392 @@
+"""How much do the tests notice? Changes the module in small ways and runs the tests of the changed line.
+
+    python tests/mutants.py [--count 300] [--seed 1] [--jobs 2] [--only SECTION] [--coverage] [TESTS...]
+
+--coverage says which lines and branches no test runs, and does no more; statements whose first line has a
+comment that names Windows or macOS are left out. Survivors that change nothing stand, with the reason, in
+mutants_equivalent.txt: blocks of a line that begins with #, the function, and the lines that go and come.
+Exit code 1: fewer than 90 % were noticed, or 85 % of a section; or lines that no test runs.
+
+Everything happens in copies of the tree. Which lines each test runs is traced once for a state of module and
+tests, and kept in dist/. A mutant gets the tests of its line, those that have noticed others in its function
+first, then the fastest, until one fails or LONGEST is over. As a plugin of pytest (-p mutants) this file
+names the test that runs, or orders what is to be run.
+"""
+import argparse
+import ast
+import concurrent.futures
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+TESTS = pathlib.Path(__file__).resolve().parent
+ROOT = TESTS.parent
+MODULE = "packtrack_logger.py"
+EQUIVALENT = TESTS / "mutants_equivalent.txt"
+LONGEST = 20  # seconds of tests for one mutant
+NOT_HERE = re.compile(r"#.*\b(Windows|macOS)\b")
+
+# Imported by the copied module's first import: notes each new step from line to line in a mapped file, which
+# outlives a kill and needs no descriptor.
+LINETRACE = '''
+import mmap, os, struct, sys, threading, time
+HERE = os.path.dirname(os.path.abspath(__file__))
+SIZE = 4 << 14
+seen, at, log = set(), 0, bytearray(SIZE)
+def switch():
+    global at, log
+    seen.clear()
+    seen.add(0)
+    at = 0
+    try:
+        with open(os.path.join(HERE, "current")) as file:
+            name = "%s.%d.%d" % (file.read(), os.getpid(), time.monotonic() * 1e6)
+        with open(os.path.join(HERE, name), "w+b") as file:
+            file.truncate(SIZE)
+            log = mmap.mmap(file.fileno(), 0)
+    except (OSError, ValueError):
+        log = bytearray(SIZE)
+def note(pair):
+    global at
+    seen.add(pair)
+    if at < SIZE:
+        log[at:at + 4] = struct.pack("<I", pair)
+        at += 4
+def tracer(frame, event, arg):
+    code = frame.f_code
+    if not code.co_filename.endswith("packtrack_logger.py"):
+        return None
+    mask, before = 0 if code.co_name[0] == "<" and code.co_name != "<module>" else 65535, 0
+    def local(frame, event, arg):
+        nonlocal before
+        line = frame.f_lineno if event == "line" else 0
+        pair = before & mask | line << 16
+        if pair not in seen and event != "exception":
+            note(pair)
+        before = line
+        return local
+    return local
+switch()
+getattr(os, "register_at_fork", lambda **_: None)(after_in_child=switch)
+frame = sys._getframe()
+while not frame.f_code.co_filename.endswith("packtrack_logger.py"):
+    frame = frame.f_back
+frame.f_trace = tracer(frame, "call", None)
+sys.settrace(tracer)
+threading.settrace(tracer)
+'''
+
+
+# ---- the plugin ------------------------------------------------------------------------------------------
+
+OUTCOMES = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--mutants", help="the folder of what to run (pick), what runs (current), what came (times)")
+
+
+def pytest_collection_modifyitems(config, items):
+    pick = pathlib.Path(config.getoption("--mutants"), "pick")
+    if pick.exists():
+        order = {name: index for index, name in enumerate(json.loads(pick.read_text(encoding="utf-8")))}
+        items[:] = sorted((item for item in items if item.nodeid in order), key=lambda one: order[one.nodeid])
+
+
+def pytest_runtest_setup(item):
+    folder = pathlib.Path(item.config.getoption("--mutants"))
+    OUTCOMES[item.nodeid] = ("skipped", 0)
+    (folder / "current").write_text(hashlib.sha256(item.nodeid.encode()).hexdigest())
+    if "linetrace" in sys.modules:
+        sys.modules["linetrace"].switch()
+
+
+def pytest_runtest_logreport(report):
+    if report.failed or report.when == "call" and OUTCOMES[report.nodeid][0] != "failed":
+        OUTCOMES[report.nodeid] = (report.outcome, report.duration)
+
+
+def pytest_sessionfinish(session):
+    path = pathlib.Path(session.config.getoption("--mutants"), "times")
+    path.write_text(json.dumps(OUTCOMES), encoding="utf-8")
+
+
+# ---- the module ------------------------------------------------------------------------------------------
+
+class Module:
+    """The text of the module and what can be said of its lines."""
+
+    def __init__(self, text):
+        self.text, self.lines, self.tree = text, text.split("\n"), ast.parse(text)
+        self.sections, self.left_out, name = [""], set(), "Head"
+        for line in self.lines:
+            banner = re.match(r"# ---- ([^:\-]+)", line)
+            name = banner.group(1).strip() if banner else name
+            self.sections.append(name)
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.stmt) and NOT_HERE.search(self.lines[node.lineno - 1]):
+                self.left_out.update(range(node.lineno, node.end_lineno + 1))
+
+    def report_coverage(self, steps):
+        """Print what no test runs; return the number of such lines and branches."""
+        run, missing = {line for _, line in steps}, []
+        for node in ast.walk(self.tree):
+            first = getattr(node, "lineno", 0)
+            if not isinstance(node, ast.stmt) or first in self.left_out:
+                continue
+            no_code = isinstance(node, (ast.Global, ast.Nonlocal, ast.Try)) or node.col_offset == 0 or (
+                isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+            end = node.body[0].lineno if hasattr(node, "body") else node.end_lineno + 1
+            if not run.intersection(range(first, max(end, first + 1))):
+                missing += [(first, "is not run")] * (not no_code)
+            elif isinstance(node, (ast.If, ast.While, ast.For)) and node.body[0].lineno > first:
+                test = getattr(node, "test", getattr(node, "iter", None))
+                span = range(first, test.end_lineno + 1)
+                ends = {to == node.body[0].lineno for before, to in steps if before in span and to not in span}
+                missing += [(first, "is never %s" % str(taken).lower()) for taken in (True, False)
+                            if taken not in ends and not isinstance(test, ast.Constant)]
+        for line, what in sorted(missing):
+            print("line %d %s: %s" % (line, what, self.lines[line - 1].strip()))
+        print("coverage: %d lines and branches are missing" % len(missing))
+        return len(missing)
+
+    def uses(self, line):
+        """The lines whose tests are those of this one, which runs when the module is imported."""
+        names = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.FunctionDef) and node.lineno <= line < node.body[0].lineno:
+                return {node.body[-1].lineno, node.body[0].lineno}
+            if isinstance(node, ast.Assign) and node.lineno <= line <= node.end_lineno:
+                names |= {one.id for target in node.targets for one in ast.walk(target) if hasattr(one, "id")}
+        return {node.lineno for node in ast.walk(self.tree) if getattr(node, "col_offset", 0) > 0
+                and (getattr(node, "id", None) in names or getattr(node, "attr", None) in names)}
+
+    def mutations(self):
+        """(line, changed text, function) of every change that can be made."""
+        data, starts = self.text.encode("utf-8"), [0]
+        for line in data.split(b"\n"):
+            starts.append(starts[-1] + len(line) + 1)
+
+        def span(node):
+            return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+        def walk(node, function):
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, ast.JoinedStr) or getattr(child, "lineno", 0) in self.left_out:
+                    continue
+                inner = child.name if isinstance(child, ast.FunctionDef) else function
+                for new in changes(child, lambda one: data[slice(*span(one))].decode("utf-8")):
+                    start, end = span(child)
+                    yield child.lineno, (data[:start] + new.encode("utf-8") + data[end:]).decode("utf-8"), inner
+                yield from walk(child, inner)
+
+        for line, changed, function in walk(self.tree, "module"):
+            with contextlib.suppress(SyntaxError):
+                ast.parse(changed)
+                if changed != self.text:
+                    yield line, changed, function
+
+
+OTHER = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
+         ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"}
+
+
+def changes(node, source):
+    """What may stand in place of a node, as source."""
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        yield " ".join((source(node.left), OTHER[type(node.ops[0])], source(node.comparators[0])))
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield "(%s)" % source(node.operand)
+    elif isinstance(node, ast.BoolOp):
+        yield "(%s)" % (" or " if isinstance(node.op, ast.And) else " and ").join(
+            "(%s)" % source(value) for value in node.values)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
+        yield "(%s) %s (%s)" % (source(node.left), "+-"[isinstance(node.op, ast.Add)], source(node.right))
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield str(not node.value)
+    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        yield "(%r)" % (node.value + 1)
+    elif isinstance(node, ast.Call) and len(node.args) > 1 and not any(
+            isinstance(one, ast.Starred) for one in node.args):
+        words = [source(one) for one in node.args] + [
+            ("%s=" % one.arg if one.arg else "**") + source(one.value) for one in node.keywords]
+        yield "%s(%s)" % (source(node.func), ", ".join([words[1], words[0], *words[2:]]))
+    elif isinstance(node, ast.Return) and node.value is not None and source(node) != "return None":
+        yield "return None"
+    elif isinstance(node, (ast.Raise, ast.AugAssign, ast.Continue, ast.Break)) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)) or (
+            isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Attribute, ast.Subscript))):
+        yield "pass"
+
+
+def block_of(function, text, changed):
+    """A mutant as the list of equivalents has it."""
+    diff = difflib.unified_diff(text.split("\n"), changed.split("\n"), lineterm="", n=0)
+    lines = [line for line in diff if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    return function + "\n" + "\n".join(line[0] + " " + line[1:].strip() for line in lines)
+
+
+# ---- running ---------------------------------------------------------------------------------------------
+
+class Tree:
+    """A copy of the project, for one process at a time."""
+
+    def __init__(self, folder):
+        self.folder, self.stamp = pathlib.Path(folder, "tree"), int(time.time())
+        self.notes = pathlib.Path(folder, "notes")
+        self.notes.mkdir(parents=True)
+        shutil.copytree(str(ROOT), str(self.folder), symlinks=True, ignore=shutil.ignore_patterns(
+            ".git", ".venv", "dist", "__pycache__", ".*_cache"))
+        # A mutant may send a signal to anybody: where that can be, its processes are by themselves.
+        alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self.alone = alone if shutil.which("unshare") and subprocess.run(
+            [*alone, "true"], stderr=subprocess.DEVNULL).returncode == 0 else []
+
+    def run(self, text, pick, *arguments, timeout=None):
+        """Run tests on this text of the module; {test: (outcome, seconds)}, or None: they had to be ended."""
+        (self.folder / MODULE).write_text(text, encoding="utf-8")
+        self.stamp += 2  # so that no cache is taken for it
+        os.utime(str(self.folder / MODULE), (self.stamp, self.stamp))
+        for name, content in (("pick", pick), ("times", {"tests": ("failed", 0)})):
+            if content:
+                (self.notes / name).write_text(json.dumps(content), encoding="utf-8")
+        tests = str(self.folder / TESTS.name)
+        process = subprocess.Popen(
+            [*self.alone, sys.executable, "-m", "pytest", "-q", "-m", "not full", "-p", "shard", "-p", "mutants",
+             "-c", ".pytest.ini", "--rootdir", ".", "-o", "pythonpath=. " + tests, "--mutants", str(self.notes),
+             *arguments, *(sorted({name.split("::")[0] for name in pick}) if pick else [])],
+            cwd=str(self.folder), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PROGRAM_FORMS": "py", "PYTHONPATH": tests, "PYTHONDONTWRITEBYTECODE": "1"})
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+        return json.loads((self.notes / "times").read_text(encoding="utf-8"))
+
+    def trace(self, text, claims, selection):
+        """Run a share of the tests with linetrace; {test: (outcome, seconds, steps)}."""
+        (self.notes / "current").write_text("none")
+        (self.notes / "linetrace.py").write_text(LINETRACE)
+        prelude = "import sys; sys.path.insert(0, %r); import linetrace; del sys.path[0]; " % str(self.notes)
+        outcomes, steps = self.run(re.sub("(?m)^(?=import )", lambda _: prelude, text, count=1), None,
+                                   "--claims", claims, *selection), {}
+        for path in self.notes.glob("*.*.*"):
+            known = steps.setdefault(path.name.split(".")[0], set())
+            for pair in struct.iter_unpack("<HH", path.read_bytes()):
+                if pair == (0, 0):
+                    break
+                known.add(pair)
+        return {name: (*outcome, sorted(steps.get(hashlib.sha256(name.encode()).hexdigest(), ())))
+                for name, outcome in outcomes.items() if "::" in name}
+
+
+def learn(text, trees, pool, tests):
+    """What trace() found of these files in this state of module and tests: kept in dist/, or found now."""
+    kept = ROOT / "dist" / "mutants.json"
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    common = b"".join(path.read_bytes() for path in sorted(TESTS.glob("*.py")) if path.name[:5] != "test_")
+    keys = {test: hashlib.sha256(text.encode() + common + (ROOT / test).read_bytes()).hexdigest() for test in tests}
+    new = [test for test in tests if keys[test] not in known]
+    if new:
+        claims = str(trees[0].notes / "claims")
+        for part in pool.map(lambda tree: tree.trace(text, claims, new), trees):
+            for name, found in part.items():
+                known.setdefault(keys[name.split("::")[0]], {})[name] = found
+        if not all(keys[test] in known for test in new):
+            sys.exit("not every file ran: does pytest collect them?")
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps(known), encoding="utf-8")
+    return {name: found for test in tests for name, found in known.get(keys[test], {}).items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", default="", help="a section's name, or a part of it")
+    parser.add_argument("--coverage", action="store_true")
+    parser.add_argument("tests", nargs="*", help="only these files")
+    options = parser.parse_args()
+    module = Module((ROOT / MODULE).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        trees = [Tree(os.path.join(folder, str(number))) for number in range(options.jobs)]
+        found = learn(module.text, trees, pool, options.tests or sorted(
+            "%s/%s" % (TESTS.name, path.name) for path in TESTS.glob("test_*.py")))
+        failed = [name for name, (outcome, _, _) in found.items() if outcome == "failed"]
+        print("%d tests\n" % len(found) + "".join("fails without a mutant, is left out: %s\n" % name
+                                                  for name in sorted(failed)), end="", flush=True)
+        if options.coverage:
+            return module.report_coverage({tuple(step) for _, _, steps in found.values() for step in steps}) > 0
+        return run_mutants(options, module, trees, pool, {
+            name: (seconds, {line for _, line in steps}) for name, (outcome, seconds, steps) in found.items()
+            if outcome == "passed" and steps})
+
+
+def run_mutants(options, module, trees, pool, tests):
+    """Try the mutants; print survivors and the score."""
+    found = [one for one in module.mutations() if options.only.lower() in module.sections[one[0]].lower()]
+    chosen = random.Random(options.seed).sample(found, min(options.count, len(found)))
+    text = EQUIVALENT.read_text(encoding="utf-8") if EQUIVALENT.exists() else ""
+    known = {block.split("\n", 1)[1].strip() for block in text.strip().split("\n\n") if "\n" in block}
+    kills, score, survivors, began = {}, {}, 0, time.monotonic()
+
+    def attempt(one):
+        line, changed, function = one
+        lines = {line}
+        if sum(line in ran for _, ran in tests.values()) > 0.9 * len(tests):  # runs at import
+            lines = module.uses(line) or lines
+        names, total, picked = [name for name, (_, ran) in tests.items() if lines & ran], 0.0, []
+        for name in sorted(names, key=lambda name: (
+                -10 * kills.get((function, name), 0) - kills.get(name, 0), tests[name][0])):
+            total += tests[name][0]
+            if picked and total > LONGEST:
+                break
+            picked.append(name)
+        if not picked:
+            return one, "is not run by any test"
+        tree = trees.pop()
+        try:
+            outcomes = tree.run(changed, picked, "-x", timeout=20 + 3 * total)
+        finally:
+            trees.append(tree)
+        bad = [name for name, (outcome, _) in (outcomes or {"": ("failed", 0)}).items() if outcome == "failed"]
+        for name in bad:
+            kills[function, name] = kills.get((function, name), 0) + 1
+            kills[name] = kills.get(name, 0) + 1
+        return one, None if bad else "survives %d of %d tests" % (len(picked), len(names))
+
+    for (line, changed, function), survived in pool.map(attempt, chosen):
+        block = block_of(function, module.text, changed)
+        if survived and block in known:
+            continue
+        count = score.setdefault(module.sections[line], [0, 0])
+        count[not survived] += 1
+        if survived:
+            survivors += 1
+            print("\n# %s, line %d, %s\n%s" % (module.sections[line], line, survived, block), flush=True)
+    print()
+    for name, (alive, dead) in [*score.items(), ("all", [sum(column) for column in zip(*score.values())])]:
+        print("%-50s %3d of %3d: %3d %%" % (name, dead, alive + dead, 100 * dead // (alive + dead)))
+    print("%d s" % (time.monotonic() - began))
+    return survivors > 0.1 * sum(map(sum, score.values())) or any(
+        alive > 0.15 * (alive + dead) for alive, dead in score.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""A relay that adds latency and nothing else: no limit of bandwidth, any number of connections.
+
+    python tests/relay.py PORT MILLISECONDS     prints its port; what comes there goes on to PORT of 127.0.0.1
+                                                and back, each way half of the milliseconds late; serves until
+                                                its standard input closes
+
+Half a round trip is added to each piece of data and to the end of each direction; the handshake of TCP is not
+delayed, so a new connection costs nothing more than it did.
+"""
+import asyncio
+import collections
+import contextlib
+import sys
+
+
+async def carry(reader, writer, delay):
+    """Hand on what comes, that many seconds late, and the end of it."""
+    loop = asyncio.get_running_loop()
+    waiting = collections.deque()  # timers of one moment fire in any order
+    over = loop.create_future()
+
+    def deliver():
+        data = waiting.popleft()
+        if data:
+            writer.write(data)
+        elif not over.done():
+            over.set_result(None)
+
+    data = b"x"
+    while data:
+        try:
+            data = await reader.read(1 << 18)
+        except OSError:
+            data = b""
+        waiting.append(data)
+        loop.call_later(delay, deliver)
+    await over
+    with contextlib.suppress(OSError):
+        writer.write_eof()
+
+
+async def serve(port, delay):
+    """Accept until standard input closes."""
+    async def converse(reader, writer):
+        with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.CancelledError):
+            there, back = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.closing(back):
+                await asyncio.gather(carry(reader, back, delay), carry(there, writer, delay))
+
+    server = await asyncio.start_server(converse, "127.0.0.1", 0, backlog=128)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    server.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(int(sys.argv[1]), float(sys.argv[2]) / 2000))

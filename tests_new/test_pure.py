@@ -1,0 +1,285 @@
+"""The module imported: its pure functions, with their clock and their randomness given; and Client."""
+import html
+import json
+import math
+from email.utils import formatdate
+from urllib.parse import quote
+
+import pytest
+
+import packtrack_logger as pl
+from conftest import KEY, MISSING, event, events
+from standin import RefusedPort, Reply, StandIn
+
+NOW = 1700000000.0
+
+
+def test_option_table():
+    flags = [flag for option in pl.OPTIONS for flag in option.flags]
+    assert len(flags) == len(set(flags)) and len(pl.BY_NAME) == len(pl.OPTIONS) == 54
+    for option in pl.OPTIONS:
+        none = option.name in ("help", "version", "completion", "meta")
+        assert option.variable == (None if none else "PACKTRACK_" + option.name.upper().replace("-", "_"))
+        assert (option.metavar is None) is option.is_boolean
+        assert option.short == {"help": "-h", "verbose": "-v", "version": "-V"}.get(option.name)
+        assert option.path == (option.name in ("api-key-file", "file", "undelivered", "output"))
+
+
+def test_durations():
+    for text, seconds in {
+            "0": 0, "0s": 0, "1.5": 1.5, ".5": 0.5, "5.": 5, "9ms": 0.009, "1m30s": 90, "1.5h": 5400,
+            "500us": 5e-4, "2h45m": 9900, "1ns": 1e-9, "1\u00b5s": 1e-6, "1\u03bcs": 1e-6, "007s": 7,
+            "1h1m1s1ms": 3661.001, "8784h": 31622400}.items():
+        assert pl.parse_duration(text) == pytest.approx(seconds, rel=1e-12)
+
+
+def is_timestamp(text):
+    try:
+        return pl.parse_timestamp(text) == text
+    except ValueError:
+        return False
+
+
+def test_timestamps():
+    for year in (1, 4, 100, 400, 1900, 2000, 2023, 2024, 2100, 9999):
+        for month in range(14):
+            days = 0 if month in (0, 13) else 28 if month == 2 else 30 if month in (4, 6, 9, 11) else 31
+            days += month == 2 and year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+            dates = ["%04d-%02d-%02dT00:00:00Z" % (year, month, day) for day in range(33)]
+            taken = [day for day in range(33) if is_timestamp(dates[day])]
+            assert taken == [*range(1, days + 1)], (year, month)
+    good = "T23:59:60Z T00:00:00+23:59 T00:00:00-00:00 T00:00:00.1Z T00:00:00.123456789012+02:00"
+    bad = ("T24:00:00Z T00:60:00Z T00:00:61Z T00:00:00+24:00 T00:00:00+25:00 T00:00:00+00:60 T00:00:00,5Z "
+           "T00:00:00.Z T00:00Z T00:00:00+0100 T00:00:00z T00:00:00 t00:00:00Z T00:00:0\u0660Z")
+    for end in [*good.split(" "), *bad.split(" "), "", " 00:00:00Z", "T00:00:00Z\n"]:
+        assert is_timestamp("2025-01-01" + end) is (end in good.split(" ")), end
+    for bad in ("0000-01-01T00:00:00Z", "0000-02-29T00:00:00Z", "x2025-01-01T00:00:00Z"):
+        assert not is_timestamp(bad)
+    assert [pl.utc_timestamp(seconds) for seconds in (0.0, 0.999999, 1e9 + 0.25)] == [
+        "1970-01-01T00:00:00.000000Z", "1970-01-01T00:00:00.999999Z", "2001-09-09T01:46:40.250000Z"]
+
+
+def test_backoff():
+    def delays(numbers, jitter=0.0, chance=0.5):
+        return [pl.backoff_delay(number, 0.1, 2.0, jitter, lambda: chance) for number in numbers]
+
+    assert delays(range(1, 8)) == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0])
+    assert delays([3, 100000], 0.2, 0.0) == pytest.approx([0.32, 1.6])
+    assert delays([3, 100000], 0.2, 0.75) == pytest.approx([0.44, 2.2])
+    assert pl.backoff_delay(100000, 0.0, 2.0, 0.0, lambda: 0.0) == 0.0
+    assert [status for status in range(100, 1000) if pl.is_retryable(status)] == [429, *range(500, 600)]
+
+
+def test_retry_after():
+    for value, seconds in {
+            None: None, "0": 0, "1": 1, " 7\t": 7, "9999999999": 9999999999, "99999999999": None,
+            formatdate(NOW + 30, usegmt=True): 30, formatdate(NOW - 30, usegmt=True): 0,
+            "Tuesday, 14-Nov-23 22:14:20 GMT": 60, "Tue Nov 14 22:14:20 2023": 60,
+            "Fri Dec  1 22:14:20 2023": 1468860}.items():
+        assert pl.parse_retry_after(value, NOW) == seconds, value
+    for value in ("", "-5", "+5", "nan", "inf", "1_0", "5,10", "1.5", "1e3", "0x10", "\u0661", "9" * 5000,
+                  "2015-10-21T07:28:00Z", "Wed, 21 Oct 2015 07:28:00 CET", *("%s GMT" % day for day in (
+                      "Fri, 31 Dec 99999 23:59:59", "Wed, 99 Oct 2099 07:28:00", "Wed, 21 Oct 2015 7:28:00",
+                      "wed, 21 oct 2015 07:28:00", "Wed, 30 Feb 2015 07:28:00", "21 Oct 2015 07:28:00"))):
+        assert pl.parse_retry_after(value, NOW) is None, value
+
+
+ALL = {"timestamp": "2020-01-01T00:00:00Z", "source": {"system": "S", "env": "E"},
+       "workflow": {"id": "W", "name": "N", "run_id": "R", "step_id": "P"},
+       "actor": {"type": "T", "id": "A", "display_name": "D"},
+       "severity": "debug", "status": "skipped", "message": "M"}
+NAMES = {"source": {"env": "E"}, "workflow": {"name": "N"}, "actor": {"display_name": "D"}}
+NULLS = {"source": None, "workflow": {"id": None}, "severity": None, "metadata": None, "timestamp": None}
+AT = "2025-11-25T09:30:00Z"
+COMPLETED = {  # what: defaults, the record, what becomes of it
+    "nothing": (ALL, {}, ALL), "nulls": (ALL, NULLS, ALL), "the record wins": (ALL, event(), event()),
+    "another workflow": (ALL, {"workflow": {"id": "x"}}, {**ALL, "workflow": {"id": "x"}}),
+    "the same workflow": (ALL, {"workflow": {"id": "W"}}, ALL),
+    "no id": (ALL, {"workflow": {"run_id": "x"}}, {**ALL, "workflow": {**ALL["workflow"], "run_id": "x"}}),
+    "another system": (ALL, {"source": {"system": "x"}}, {**ALL, "source": {"system": "x"}}),
+    "the same system": (ALL, {"source": {"system": "S"}}, ALL),
+    "another actor": (ALL, {"actor": {"id": "x"}}, {**ALL, "actor": {"id": "x", "type": "T"}}),
+    "the same": (ALL, {"actor": {"type": "x", "id": "A"}}, {**ALL, "actor": {**ALL["actor"], "type": "x"}}),
+    "names without an id": (NAMES, event(), event()), "empty": ({}, event(metadata={}), event(metadata={})),
+    "an empty string": (ALL, event(source__env=""), event(source__env="")),
+    "a null name": (ALL, event(source__env=None), event()),
+    "metadata": ({"metadata": {"a": 1, "b": {"x": 1}}, "extra": {"e": 1}}, event(metadata={"b": {"y": 2}}),
+                 event(metadata={"a": 1, "b": {"y": 2}}, extra={"e": 1})),
+    "a null in it": ({"metadata": {"a": 1}}, event(metadata={"a": None}), event(metadata={"a": None})),
+    "no timestamp": ({}, event(timestamp=MISSING), event(timestamp=AT)),
+}
+
+
+def test_completion_of_records():
+    for what, (defaults, record, wanted) in COMPLETED.items():
+        before = json.dumps([defaults, record])
+        completed = pl.complete_event(record, defaults, AT)
+        assert completed == wanted and list(completed) == [name for name in pl.FIELDS if name in wanted], what
+        assert json.dumps([defaults, record]) == before
+        assert record == wanted or not pl.completeness_test(defaults)(record)
+    settings = pl.resolve("--workflow-id w --run-id r --meta a=1 --severity warn".split(), {})
+    assert pl.event_defaults(settings) == {
+        "workflow": {"id": "w", "run_id": "r"}, "metadata": {"a": "1"}, "severity": "warn"}
+
+
+def test_dump_json():
+    for value in ("\ud800", "\u2028\u00e9", "a\0b", 10**400, [1.5, None, True], {"\u00fc": "\U0001f680"}):
+        assert json.loads(pl.dump_json(value).decode("utf-8")) == value and b" " not in pl.dump_json(value)
+    for value in (math.nan, {"a": -math.inf}, object(), {"a": {1}}):
+        with pytest.raises(pl.InvalidError, match="^cannot be written as JSON: "):
+            pl.dump_json(value)
+
+
+def test_ranges():
+    for ranges, joined in (([], []), ([[5, 6], [1, 2]], [[1, 2], [5, 6]]), ([[3, 4], [1, 2]], [[1, 4]]),
+                           ([[1, 9], [2, 3], [10, 10], [12, 12]], [[1, 10], [12, 12]])):
+        assert pl.join_ranges(ranges) == joined
+    odd = [[number, number] for number in range(1, 22, 2)]
+    ten = "records 1, 3, 5, 7, 9, 11, 13, 15, 17, 19"
+    for ranges, text in (([[3, 3]], "record 3"), ([[3, 4]], "records 3-4"),
+                         ([[1, 1], [3, 4]], "records 1, 3-4"), (odd[:10], ten), (odd, ten + " and more")):
+        assert pl.describe_ranges(ranges) == text
+
+
+def test_batches():
+    def cut(*runs, size=100, limit=10**6):
+        return [list(numbers) for _, numbers in pl.cut_batches(iter(runs), size, limit)]
+
+    one = b"x" * 9  # ten bytes with a comma; of the two brackets one stands for a comma
+    assert cut((1, [one] * 5), size=2) == [[1, 2], [3, 4], [5]]
+    assert cut((1, [one]), (2, [one]), (5, [one]), size=9) == [[1, 2, 5]]
+    assert cut((1, [one]), None, None, (2, [one])) == [[1], [2]]
+    assert cut() == cut(None) == []
+    assert cut((1, [one] * 4), limit=21) == cut((1, [one] * 4), limit=30) == [[1, 2], [3, 4]]
+    assert cut((1, [one] * 3), limit=20) == cut((1, [one, one * 9, one]), limit=31) == [[1], [2], [3]]
+    assert cut((1, [one] * 3), limit=31) == [[1, 2, 3]] and len(pl.json_array([one] * 3)) == 31
+    assert cut((1, [one] * 2500), size=10**6) == [[*range(1, 2501)]]
+    assert pl.json_lines([b'{"a":\r\n1}', b"{}"]) == b'{"a":  1}\n{}\n'
+
+
+def test_boundary():
+    for text in (b'{"a":[1,{"b":"}]\\""}]}', b"{}", b'"\\\\"', b'{"\\u007b":"]"}', b'["{"]', b"-1e5]"):
+        boundary = pl.Boundary()
+        found = [boundary.found(text[:end]) for end in range(1, len(text) + 1)]
+        assert found == [False] * (len(text) - 1) + [True]
+        assert pl.Boundary().found(text + b"x")
+
+
+class Clock:
+    """A clock that only sleeping moves."""
+
+    def __init__(self):
+        self.now, self.sleeps = 128.0, []
+
+    def pause(self, seconds):
+        self.sleeps.append(seconds)
+        self.now += seconds
+
+    def limits(self, *arguments, **named):
+        return pl.Limits(*arguments, clock=lambda: self.now, pause=self.pause, **named)
+
+
+def ends(call, *arguments, **named):
+    """The kind of the end that a call of Limits comes to, or what it returns."""
+    try:
+        return call(*arguments, **named)
+    except pl.Interrupted:
+        return "interrupted"
+    except pl.RetriesExhaustedError as error:
+        assert (str(error), error.exit_code, error.ends_run) == ("deadline exceeded", 3, True)
+        return error.kind
+
+
+def test_limits():
+    clock = Clock()
+    limits, forever = clock.limits(1.0), clock.limits()
+    assert (limits.deadline, limits.left(), limits.left(5)) == (129.0, 0.1, 1.0)
+    assert ends(limits.sleep, 0.25) is None and clock.sleeps == pytest.approx([0.1, 0.1, 0.05])
+    assert ends(limits.sleep, 9) == "deadline" and clock.now == pytest.approx(129.0)
+    assert ends(limits.check) == ends(limits.left, 1) == "deadline"
+    assert (forever.deadline, forever.left(1e9), ends(forever.check)) == (None, 1e9, None)
+    for patience in (1, 2):
+        limits, clock.now = clock.limits(patience=patience), 128.0
+        limits.handle_signal(15)
+        assert ends(limits.check, reading=True) == ends(limits.left, reading=True) == "interrupted"
+        assert ends(limits.check) == (None if patience == 2 else "interrupted")
+        for more, signals in ((0.1875, [15]), (0.21875, [15, 1])):  # as timeout(1) sends two
+            clock.now = 128 + more
+            limits.handle_signal(1)
+            assert limits.signals == signals
+        assert ends(limits.sleep, 1) == "interrupted"
+    forever.over = True
+    assert ends(forever.check) is None and ends(forever.check, reading=True) == "interrupted"
+    for seconds, left in ((None, 30.0), (100, 30.0), (5, 5.0), (0.1, 0.5)):
+        limits = clock.limits(seconds)
+        saving = limits.saving(30.0)
+        limits.handle_signal(15)
+        assert saving.deadline - clock.now == pytest.approx(left) and ends(saving.check) is None
+        clock.now += 0.3
+        limits.handle_signal(15)
+        assert ends(saving.check) == "interrupted"
+
+
+def test_secrets():
+    secret = 'a"b\\c/d+e<f>&g'
+    for form in (secret, json.dumps(secret)[1:-1], html.escape(secret, quote=False), quote(secret),
+                 quote(secret, safe="")):
+        assert pl.redact("x %s y %s" % (form, form), [secret]) == "x *** y ***"
+        assert pl.holds_secret("x %s y" % form, [secret])
+    assert pl.redact("12345 123456", ["12345", "123456"]) == "12345 ***"
+    for text in (KEY[:6], KEY[9:17], KEY[:3] + "\u200b" + KEY[3:6], KEY[-8:]):
+        assert pl.holds_secret("x%sx" % text, ["12345", KEY]), text
+    for text in (KEY[:5], KEY[9:16], KEY[-7:], "12345"):
+        assert not pl.holds_secret("x%sx" % text, ["12345", KEY]), text
+    assert pl.printable("a\x1b[31m\r\n\tb\u202ec\x00" + "x" * 1000) == "a [31m b c " + "x" * 189
+
+
+def test_nearest():
+    for word, name in {"pass": "ok", "done": "ok", "OK": "ok", "error": "failed", "retry": "retrying",
+                       "running": "unknown", "skip": "skipped"}.items():
+        assert pl.nearest(word, pl.STATUSES) == ' (did you mean "%s"?)' % name
+    for word, name in {"trace": "debug", "notice": "info", "warning": "warn", "fatal": "error"}.items():
+        assert pl.nearest(word, pl.SEVERITIES, "{}") == name
+    assert pl.nearest("x", pl.STATUSES) == ""
+
+
+def test_client(server):
+    client = pl.Client(KEY, base_url=server.url)
+    client.ingest_event(event(timestamp=MISSING))
+    client.ingest_batch(events(2), idempotency_key="auto")
+    client.health_check()
+    with pytest.raises(pl.InvalidError, match="^missing required source.system"):
+        client.ingest_batch([event(), {}])
+    client.close()
+    assert [len(request.events) for request in server.requests] == [1, 2, 0]
+    assert server.requests[1].headers["idempotency-key"] == pl.sha256(server.requests[1].body)
+    assert (server.connections, client.requests, client.retries) == (1, 3, 0)
+    assert client.bytes_sent == sum(len(request.raw_body) for request in server.requests)
+    assert is_timestamp(server.records[0]["timestamp"]) and KEY not in repr(client)
+    for options in ({"base_url": "ftp://h"}, {"user_agent": "a\nb"}, {"api_key": ""}, {"health_path": "a b"}):
+        with pytest.raises(pl.InvalidError, match="^%s: " % list(options)[0]):
+            pl.Client(**{"api_key": KEY, **options})
+
+
+def test_client_fails():
+    for status, kind, code, sent in ((400, pl.RefusedError, 2, 1), (503, pl.RetriesExhaustedError, 3, 3)):
+        with StandIn(default=status) as server:
+            client = pl.Client(KEY, base_url=server.url, retries=2, limits=Clock().limits())
+            with pytest.raises(kind) as caught:
+                client.ingest_event(event())
+            client.close()
+        assert (caught.value.status, caught.value.exit_code) == (status, code)
+        assert (len(server.requests), client.retries) == (sent, sent - 1)
+    with RefusedPort() as port, pytest.raises(pl.RetriesExhaustedError, match="connection refused"):
+        pl.Client(KEY, base_url=port.url).health_check()
+
+
+def test_client_waits():
+    clock, lines = Clock(), []
+    with StandIn([503, Reply(429, headers={"Retry-After": "7"}), 503, 200]) as server:
+        client = pl.Client(KEY, base_url=server.url, backoff_initial=0.5, backoff_max=10.0, jitter=0.5,
+                           limits=clock.limits(), random=lambda: 0.75, trace=lines.append)
+        client.ingest_event(event())
+        client.close()
+    assert clock.now - 128 == pytest.approx(0.625 + 7.0 + 2.5)
+    assert lines[1::2] == ["retrying in 625 ms", "retrying in 7000 ms", "retrying in 2500 ms"]

@@ -1,0 +1,475 @@
+"""The README: every fenced block is run as written, or checked in the way of its language.
+
+What a test cannot guess stands behind the language, where no reader sees it (```sh needs=jq records=2):
+
+    needs=jq,flock      skipped where such a program is absent
+    expect=3            the exit code (default 0); a sh block ends at its first command that fails
+    records=2           how many records the service gets from it
+    script=503,200      what the service answers (see standin.py)
+    save=/PATH          the block is this file on every machine, and is not run
+    feed=/PATH          lines are appended to this file until the service has the records; TERM ends the block
+    in=clone            in a copy of the repository
+
+Languages: sh, crontab (run as cron does), ini (a systemd unit that begins with its path: verified, ExecStart
+run), dockerfile (ENTRYPOINT and CMD run), yaml (run, script, command and argv run), groovy (sh '''...'''
+run), python (run), json (parsed). Any other fails.
+
+A Machine is a folder that stands for a host. /usr/local, /etc, /var, /run, /srv are folders in it, with the
+key in /etc/packtrack/key and /run/secrets/packtrack/key; https://pack.shimcounty.com is a stand-in of the
+service. The current folder holds the archive with its .sha256, packtrack_logger.py, new-key, event.json,
+events.json (3 events), events.ndjson (250). STUBS are programs that the machine has instead of the real ones.
+"""
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import packtrack_logger
+import readme
+from conftest import ROOT, event, events, ndjson
+from standin import StandIn, parse_script
+
+KEY = "your-key"
+OPTIONS = {"needs", "expect", "records", "script", "save", "feed", "in"}
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.S)
+JOURNAL = [{"MESSAGE": "started", "PRIORITY": "6", "__REALTIME_TIMESTAMP": "1764063000123456"},
+           {"MESSAGE": [255, 10], "PRIORITY": "3", "__REALTIME_TIMESTAMP": "1764063001123456"}]
+LOG_LINE = '{"ts": 1764063000, "level": "warning", "msg": "stock is low", "sku": "A-7"}\n'
+STUBS = {
+    "sudo": 'exec "$@"',
+    "sleep": "exec %s 0.01" % shutil.which("sleep"),
+    "journalctl": "printf '%s\\n' " + " ".join(shlex.quote(json.dumps(one)) for one in JOURNAL),
+    # What follows the image's name are the arguments of its entry point.
+    "docker": 'while [ "$1" != registry.example/backup:1 ]; do shift; done; shift; exec ENTRYPOINT "$@"',
+    "backup.sh": 'echo "backup: ${1:-all}"',
+}
+CI = {"GITHUB_RUN_ID": "17", "GITHUB_WORKFLOW": "ci", "GITHUB_ACTOR": "octo", "CI_PIPELINE_ID": "17",
+      "CI_JOB_STATUS": "success", "CI_PROJECT_PATH": "acme/shop", "GITLAB_USER_LOGIN": "octo",
+      "JOB_NAME": "shop", "BUILD_NUMBER": "17", "NODE_NAME": "built-in", "RESULT": "SUCCESS"}
+# Reads YAML from standard input and prints it as JSON; keys such as `on` become text.
+TO_JSON = "import json, sys, yaml; print(json.dumps(list(yaml.safe_load_all(sys.stdin)), default=str))"
+
+pytestmark = pytest.mark.skipif(os.name != "posix" or shutil.which("bash") is None, reason="no bash here")
+
+
+def parse_yaml(text):
+    """The documents of a YAML text; the test is skipped where no interpreter here has a parser."""
+    for python in dict.fromkeys([sys.executable, shutil.which("python3"), "/usr/bin/python3"]):
+        done = subprocess.run([python or "false", "-c", TO_JSON], input=text.encode("utf-8"),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        if done.returncode == 0:
+            return json.loads(done.stdout.decode("utf-8"))
+        assert not done.stderr or b"No module named" in done.stderr, done.stderr.decode("utf-8", "replace")
+    pytest.skip("no YAML parser here")
+
+
+class Block:
+    """A fenced block. Made for BLOCKS."""
+
+    def __init__(self, match):
+        self.line = TEXT.count("\n", 0, match.start()) + 1
+        self.language, info, self.text = match.groups()
+        self.options = {name: value for name, _, value in (word.partition("=") for word in info.split())}
+
+    def __repr__(self):
+        return "README.md:%d" % self.line
+
+
+BLOCKS = [Block(match) for match in re.finditer(r"^```(\S+)(.*)\n((?:.*\n)*?)```$", TEXT, re.M)]
+
+
+def block_with(text):
+    """The one block that holds this text."""
+    (found,) = [block for block in BLOCKS if text in block.text]
+    return found
+
+
+def image_command(name):
+    """ENTRYPOINT or CMD of the Dockerfile."""
+    return json.loads(re.search(r"^%s (.*)$" % name, block_with("ENTRYPOINT").text, re.M).group(1))
+
+
+def unit_path(block):
+    """The path of the unit that the block is."""
+    return re.match(r"# (/etc/systemd/system/[\w@.-]+)\n", block.text).group(1)
+
+
+# ---- a machine to run them on ----------------------------------------------------------------------------
+
+class Machine:
+    """A folder that stands for a host, and a server that stands for the service. Made by machine_for."""
+
+    def __init__(self, root, archive, script):
+        self.root, self.work = root, root / "work"
+        self.server = StandIn(script=script, key=KEY).start()
+        for name in ("work", "home/.config/fish/completions", "usr/local/share/zsh/site-functions",
+                     "usr/local/bin", "etc/packtrack", "etc/systemd/system", "var/log", "var/lock",
+                     "var/spool/packtrack", "run/secrets/packtrack", "run/credentials", "srv"):
+            (root / name).mkdir(parents=True)
+        for name in ("etc/packtrack/key", "run/secrets/packtrack/key", "work/new-key"):
+            self.write(name, KEY + "\n", 0o600)
+        shutil.copy(str(archive), str(root / "usr/local/bin/packtrack-logger"))
+        for path in (archive, pathlib.Path(str(archive) + ".sha256"), ROOT / "packtrack_logger.py"):
+            shutil.copy(str(path), str(self.work))
+        self.write("work/event.json", json.dumps(event()))
+        self.write("work/events.json", json.dumps(events(3)))
+        self.write("work/events.ndjson", ndjson(events(250)).decode("utf-8"))
+        self.write("var/log/shop.json", "")
+        for name, text in STUBS.items():
+            text = text.replace("ENTRYPOINT", " ".join(map(shlex.quote, image_command("ENTRYPOINT"))))
+            for folder in ("usr/local/bin/", "work/"):
+                self.write(folder + name, "#!/bin/sh\n%s\n" % text, 0o755)
+        for block in BLOCKS:
+            if "save" in block.options:
+                self.write(block.options["save"], self.localize(block.text),
+                           0o755 if block.text.startswith("#!") else 0o644)
+
+    def write(self, name, text, mode=0o644):
+        """A file of the machine."""
+        (self.root / name.lstrip("/")).write_text(text, encoding="utf-8")
+        (self.root / name.lstrip("/")).chmod(mode)
+
+    def localize(self, text):
+        """The text with the machine's folders and its server in it."""
+        text = text.replace("https://pack.shimcounty.com", self.server.url)
+        return re.sub(r"(?<![\w.$}/])/(?=(?:usr/local|etc|var|run|srv)/)", str(self.root) + "/", text)
+
+    def environment(self, key=KEY, **more):
+        """What a user's shell has."""
+        return {"PATH": "%s:%s" % (self.root / "usr/local/bin", os.environ["PATH"]), "LC_ALL": "C.UTF-8",
+                "HOME": str(self.root / "home"), "PACKTRACK_BASE_URL": self.server.url,
+                "PACKTRACK_API_KEY": key, **more}
+
+    def start(self, argv, env=None, cwd=None):
+        """A process in a session of its own."""
+        return subprocess.Popen(argv, env=env or self.environment(), cwd=str(cwd or self.work),
+                                start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT)
+
+    def finish(self, process):
+        """Wait for the end: (exit code, output)."""
+        try:
+            output = process.communicate(timeout=90)[0].decode("utf-8", "replace")
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("did not end: %r" % process.communicate()[0])
+        assert KEY not in output and "Traceback" not in output
+        return process.returncode, output
+
+    def call(self, argv, env=None, cwd=None):
+        """Run to the end: (exit code, output)."""
+        return self.finish(self.start(argv, env, cwd))
+
+    def shell(self, text, shell="bash", cwd=None, **env):
+        """Run a block of sh: (exit code, output)."""
+        return self.call([shell, "-e", "-c", self.localize(text)], self.environment(**env), cwd)
+
+
+@pytest.fixture
+def machine_for(archive, tmp_path):
+    """machine_for(block, script=None) -> a machine for it; skips the test where what it needs is absent."""
+    made = []
+
+    def get(block, script=None):
+        for program in filter(None, block.options.get("needs", "").split(",")):
+            if shutil.which(program) is None:
+                pytest.skip("%r: no %s here" % (block, program))
+        script = parse_script(block.options.get("script", "")) if script is None else script
+        made.append(Machine(tmp_path, archive, script))
+        return made[-1]
+
+    yield get
+    for machine in made:
+        machine.server.close()
+
+
+# ---- how a block of each language is run: a generator of (exit code, output) -----------------------------
+
+def run_sh(block, machine):
+    if "save" in block.options:
+        yield machine.call(["sh", "-n", machine.localize(block.options["save"])])
+    elif "feed" in block.options:
+        process = machine.start(["bash", "-e", "-c", machine.localize(block.text)])
+        while len(machine.server.records) < int(block.options["records"]):
+            with open(machine.localize(block.options["feed"]), "a") as log:
+                log.write(LOG_LINE)
+            assert process.poll() is None, machine.finish(process)
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        code, output = machine.finish(process)
+        del machine.server.records[int(block.options["records"]):]
+        yield code + signal.SIGTERM, output
+    elif block.options.get("in") == "clone":
+        clone = machine.work / "clone"
+        left_out = shutil.ignore_patterns(".git", ".venv", "dist", "*cache*")
+        shutil.copytree(str(ROOT), str(clone), ignore=left_out)
+        # Not the tests within the tests: pytest, if it is the pinned one, lists its markers.
+        pinned = "pytest==%s\n" % pytest.__version__ in (clone / "tests" / "requirements.txt").read_text()
+        text = block.text if pinned else block.text.replace("make test ", "true ")
+        flags = "PYTHON=%s PYTEST_ARGS=--markers JOBS=1" % sys.executable
+        yield machine.shell(text, cwd=clone, MAKEFLAGS=flags)
+    else:
+        yield machine.shell(block.text)
+
+
+def run_crontab(block, machine):
+    env = machine.environment(PATH="/usr/bin:/bin")
+    del env["PACKTRACK_API_KEY"]
+    for line in machine.localize(block.text).splitlines():
+        if not line.startswith("#"):
+            (job,) = re.findall(r"^(?:[\d*,/-]+ ){5}(.*)$", line)
+            assert not re.search(r"(?<!\\)%", job), "%r: cron ends a command at %%" % block
+            yield machine.call(["/bin/sh", "-c", job.replace("\\%", "%")], env, machine.root / "home")
+
+
+def run_ini(block, machine):
+    credentials = str(machine.root / "run/credentials")
+    env = machine.environment(key="", CREDENTIALS_DIRECTORY=credentials)
+    text = machine.localize(block.text).replace("%N", pathlib.Path(unit_path(block)).stem)
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        name, _, value = line.partition("=")
+        if name == "LoadCredential":
+            credential, _, path = value.partition(":")
+            shutil.copy(path, credentials + "/" + credential)
+        elif name == "EnvironmentFile":
+            lines = pathlib.Path(value).read_text().splitlines()
+            assert all(re.match(r"[A-Z_]+=[\w./-]+$", one) for one in lines), "not read alike by all"
+            env.update(one.split("=", 1) for one in lines)
+        elif name == "ExecStart":
+            words = [re.sub(r"\$\{(\w+)\}", lambda match: env[match.group(1)], word)
+                     for word in shlex.split(value)]
+            yield machine.call(words, env, machine.root)
+
+
+def run_dockerfile(block, machine):
+    for copy in re.findall(r"^COPY (.*)$", block.text, re.M):
+        assert copy.startswith("--chmod=755 "), "the archive has mode 644: %s" % copy
+    yield machine.call(image_command("ENTRYPOINT") + image_command("CMD"))
+
+
+def commands_of(node, env):
+    """(argv, environment) of each command in a workflow, a pipeline, a Kubernetes object or a play."""
+    if isinstance(node, list):
+        for one in node:
+            yield from commands_of(one, env)
+    elif isinstance(node, dict):
+        given = node.get("env", node.get("environment", {}))
+        if isinstance(given, list):
+            given = {one["name"]: one["value"] for one in given}
+        env = {**env, **given}
+        for key, value in node.items():
+            if key in ("run", "script", "after_script"):
+                yield ["bash", "-e", "-c", value if isinstance(value, str) else "\n".join(value)], env
+            elif key in ("command", "argv") and isinstance(value, list):
+                yield value + node.get("args", []), env
+            elif key not in ("env", "environment"):
+                yield from commands_of(value, env)
+
+
+def run_yaml(block, machine):
+    def fill(text):
+        text = re.sub(r"\$?\{\{ *(secrets\.)?packtrack_api_key *\}\}", KEY, str(text), flags=re.I)
+        return machine.localize(re.sub(r"\$?\{\{ *([\w.]+) *\}\}", "success", text))
+
+    for words, env in commands_of(parse_yaml(block.text), CI):
+        env = {name: fill(value) for name, value in env.items()}
+        yield machine.call([fill(word) for word in words], machine.environment(**env))
+
+
+def run_groovy(block, machine):
+    for script in re.findall("sh '''(.*?)'''", block.text, re.S):
+        yield machine.shell(script, **CI)
+
+
+def run_python(block, machine):
+    yield machine.call([sys.executable, "-c", machine.localize(block.text)])
+
+
+def run_json(block, machine):
+    yield json.loads(block.text)["exit_code"] - 2, block.text
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: "%s-%s" % (block.line, block.language))
+def test_a_block_runs_as_written(block, machine_for):
+    assert set(block.options) <= OPTIONS, block
+    machine = machine_for(block)
+    runs = list(globals()["run_" + block.language](block, machine))
+    for code, output in runs:
+        assert code == int(block.options.get("expect", 0)), "%r: exit code %s\n%s" % (block, code, output)
+    if "records" in block.options:
+        assert runs and len(machine.server.records) == int(block.options["records"]), (block, runs)
+    assert machine.server.checks == [], block
+
+
+# ---- recipes that promise more than a run shows ----------------------------------------------------------
+
+SPOOL = "var/spool/packtrack"
+LEFT = SPOOL + "/left.ndjson"
+
+
+@pytest.fixture
+def resend(machine_for):
+    """resend(script) -> the machine with packtrack-resend on it, and a function that runs it."""
+    def get(script=()):
+        machine = machine_for(block_with("exec 9>resend.lock"), script)
+        return machine, lambda **env: machine.call(["packtrack-resend"], machine.environment(**env))[0]
+    return get
+
+
+def kept(machine):
+    """The lines that wait in the spool."""
+    return [line for name in ("left*", "taken*", "rest*") for path in (machine.root / SPOOL).glob(name)
+            for line in path.read_bytes().splitlines()]
+
+
+def messages(machine):
+    """What the service has, by its message."""
+    return sorted(one["message"] for one in machine.server.records)
+
+
+def test_the_resender_waits_for_a_job_that_is_appending(resend):
+    machine, _ = resend()
+    with open(str(machine.root / LEFT), "ab") as left:
+        fcntl.flock(left, fcntl.LOCK_EX)
+        process = machine.start(["packtrack-resend"])
+        # One of its processes waits for the lock. Had it not waited, rest.ndjson would be there.
+        while b"flock taken." not in subprocess.check_output(["ps", "-e", "-o", "args="]):
+            assert process.poll() is None and not (machine.root / SPOOL / "rest.ndjson").exists()
+        left.write(ndjson([event(message="late")]))
+    assert machine.finish(process)[0] == 0
+    assert (messages(machine), kept(machine)) == (["late"], [])
+
+
+def test_the_resender_loses_and_doubles_nothing_while_jobs_append(resend):
+    machine, send = resend()
+    with StandIn(default=503, key=KEY) as broken:
+        job = ["packtrack-logger", "--file", "events.ndjson", "--ndjson", "--keep-going", "--retries", "0",
+               "--batch-size", "1", "--base-url", broken.url, "--undelivered", str(machine.root / LEFT)]
+        jobs = [machine.start(job), machine.start(job)]
+        while any(one.poll() is None for one in jobs):
+            assert send() == 0
+        assert [machine.finish(one)[0] for one in jobs] == [3, 3]
+    assert machine.server.records, "nothing was resent while they ran"
+    assert send() == 0
+    assert messages(machine) == sorted(one["message"] for one in 2 * events(250))
+    assert kept(machine) == []
+
+
+@pytest.mark.parametrize("script, env, code", [
+    ([200, *20 * [503]], {}, 3), ([400, 200, 401], {}, 2), ([], {"key": ""}, 1),
+    ([], {"PACKTRACK_DEADLINE": "1ms"}, 3), ([], {"PACKTRACK_RETRIES": "many"}, 1),
+], ids=["503", "400-then-401", "no-key", "deadline", "bad-variable"])
+def test_the_resender_keeps_what_it_could_not_send(script, env, code, resend):
+    machine, send = resend(script)
+    machine.write(LEFT, ndjson(events(300)).decode("utf-8"))
+    assert send(PACKTRACK_BACKOFF_MAX="1ms", **env) == code
+    sent = messages(machine)
+    assert len(sent) + len(kept(machine)) == 300
+    machine.server.renew(key=KEY)
+    assert send() == 0
+    assert sorted(sent + messages(machine)) == sorted(one["message"] for one in events(300))
+    assert kept(machine) == []
+
+
+def test_what_the_service_refuses_holds_up_nothing_else(resend):
+    machine, send = resend([400])
+    machine.write(LEFT, '{"message": 1}\n' + ndjson(events(101)).decode("utf-8"))
+    assert send() == 2
+    assert (messages(machine), len(kept(machine))) == (["event 101"], 101)
+    machine.write(LEFT, ndjson([event(message="later")]).decode("utf-8"))
+    assert send() == 1
+    assert "later" in messages(machine)
+    assert kept(machine) == [b'{"message": 1}']
+
+
+def test_until_delivered_copes_with_a_run_that_sent_nothing(machine_for):
+    block = block_with("until packtrack-logger")
+    machine = machine_for(block, [])
+    text = block.text.replace("until packtrack-logger", "until packtrack-logger ${wait:---deadline 1ms}")
+    code, output = machine.shell(text.replace("sleep 60", "ls left.ndjson || wait=' '"))
+    assert code == 0 and "cannot access" in output, output
+    assert len(machine.server.records) == 250
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+@pytest.mark.parametrize("last, code, status", [
+    ("true", 0, "ok"), ("exit 7", 7, "failed"), ("kill -TERM $$; sleep 1", 143, "failed")])
+def test_the_trap_reports_every_end_and_changes_none(last, code, status, shell, machine_for):
+    block = block_with("trap report EXIT")
+    machine = machine_for(block)
+    text = block.text[:block.text.index("cp release")] + last
+    assert machine.shell(text, shell)[0] == code
+    (record,) = machine.server.records
+    assert (record["status"], record["message"].split()[-1]) == (status, str(code))
+    machine.server.renew(key="another")
+    assert machine.shell(text, shell)[0] == code
+
+
+def test_a_failed_report_turns_no_job_red():
+    ((step,),) = parse_yaml(block_with("job.status").text)
+    assert step["if"] == "always()" and step["continue-on-error"] is True
+    pipeline = parse_yaml(block_with("after_script").text)[0]["backup"]
+    assert "packtrack" not in str(pipeline["script"]) and "packtrack" in str(pipeline["after_script"])
+    ((task,),) = parse_yaml(block_with("ansible.builtin.command").text)
+    assert task["failed_when"] is False and task["no_log"] is True
+    jenkins = block_with("withCredentials").text
+    assert jenkins.index("catchError(buildResult: 'SUCCESS'") < jenkins.index("withCredentials")
+
+
+def test_the_pod_needs_no_root_and_no_writable_image():
+    pod = parse_yaml(block_with("kind: CronJob").text)[0]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,), (key, tmp) = pod["containers"], pod["volumes"]
+    mounts = {one["name"]: one["mountPath"] for one in container["volumeMounts"]}
+    env = {one["name"]: one["value"] for one in container["env"]}
+    assert pod["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
+    assert key["secret"]["defaultMode"] == 0o440 and pod["securityContext"]["fsGroup"]
+    assert env["PACKTRACK_API_KEY_FILE"] == mounts["key"] + "/key"
+    assert "emptyDir" in tmp and env["TMPDIR"] == mounts["tmp"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
+def test_systemd_finds_nothing_wrong_with_the_units(machine_for):
+    units = [block for block in BLOCKS if block.language == "ini"]
+    machine = machine_for(units[0])
+    for block in units:
+        machine.write(unit_path(block), machine.localize(block.text))
+    paths = [str(machine.root) + unit_path(block) for block in units]
+    assert machine.call(["systemd-analyze", "verify", "--man=no", *paths]) == (0, "")
+
+
+# ---- the rest of the page --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["exit-codes", "options"])
+def test_a_table_is_what_the_option_table_says(name):
+    (table,) = re.findall(r"<!-- %s -->\n(.*?)<!-- /%s -->" % (name, name), TEXT, re.S)
+    assert table == readme.readme_tables()[name], "run `make readme`"
+
+
+def test_the_flags_that_are_named_exist():
+    known = {flag for option in packtrack_logger.OPTIONS for flag in option.flags}
+    calls = re.findall(r"packtrack-logger(?:\.pyz)? (.*?)(?: -- | #|\||$)", TEXT.replace("\\\n", " "), re.M)
+    named = re.findall(r"(?<![\w-])--[a-z][a-z-]*", " ".join(calls + re.findall("`([^`]+)`", PROSE)))
+    assert set(named) - known <= {"--repo", "--no-"}
+
+
+def test_links_lead_somewhere():
+    anchors = {"#" + heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", PROSE, re.M)}
+    assert set(re.findall(r"\]\(([^)]+)\)", PROSE)) <= anchors
+
+
+@pytest.mark.parametrize("text", """
+    --async --gzip --dry-run --health --connections --meta --allow-empty --output --completion LoadCredential
+    OnCalendar EnvironmentFile catchError COPY CronJob job.status after_script ansible resend.lock trap xargs
+    journalctl tail docker key.new SSL_CERT_FILE https_proxy sha256sum flock Client env make""".split())
+def test_there_is_an_example_of(text):
+    assert any(text in block.text for block in BLOCKS)

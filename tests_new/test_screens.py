@@ -1,0 +1,110 @@
+"""What people see, on a terminal of 80 and of 40 columns: the screens are kept in tests/screens/.
+
+ACCEPT=write keeps what is seen now: look at the diff.
+"""
+import os
+import pathlib
+import re
+import shlex
+import threading
+
+import pytest
+
+from cases import events, ndjson
+from conftest import clean_environment
+from standin import Reply, StandIn
+
+if os.name != "posix":
+    pytest.skip("pseudo-terminals are POSIX's", allow_module_level=True)
+
+from terminal import Terminal
+
+SCREENS = pathlib.Path(__file__).resolve().parent / "screens"
+WHO = "--source-system shop --workflow-id nightly --actor-type host --actor-id db1"
+REFUSED = Reply(400, body='{"error": "severity: unknown word"}')
+BUSY = Reply(503, reason="Service Unavailable", body="<html><h1>busy</h1></html>")
+FILE = "--file events.ndjson --ndjson"
+# Name: the command line, what the server answers.
+CASES = {
+    "short-help": ("-h", []),
+    "no-arguments": ("", []),
+    "usage-error": (WHO + " --severity info --status success --message done", []),
+    "misspelt-flag": ("--mesage done", []),
+    "missing-fields": ("--message done", []),
+    "success": (FILE, []),
+    "refused": (FILE + " --undelivered left.ndjson", [200, REFUSED]),
+    "retried": (FILE + " --verbose --retries 1 --backoff-initial 1ms", [BUSY, 200, BUSY, BUSY]),
+    "keep-going": (FILE + " --keep-going --batch-size 400", [REFUSED, 200, REFUSED]),
+    "bad-record": ("--file bad.ndjson --ndjson", []),
+    "command": (WHO + " -- sh -c 'echo working; sleep 1.1; echo done'", []),
+    "command-not-reported": (WHO + " --undelivered left.ndjson -- sh -c 'echo working; exit 3'", [REFUSED]),
+    "command-not-found": (WHO + " -- backup.sh --full", []),
+}
+
+
+@pytest.fixture(params=[80, 40])
+def window(request, argv_of, home, tmp_path):
+    """window(arguments, server) -> a Terminal where a shell runs the program and then prompts again."""
+    made = []
+    (tmp_path / "events.ndjson").write_bytes(ndjson(events(1000)))
+    (tmp_path / "bad.ndjson").write_bytes(ndjson(events(2)) + b'{"message": "three", "sevrity": "info"}\n')
+
+    def start(arguments, server):
+        env = clean_environment(home, {"TYPED": "packtrack-logger " + arguments}, True, server)
+        script = "echo \"$ $TYPED\"; unset TYPED; \"$0\" \"$@\"; printf '$ '"
+        argv = ["sh", "-c", script, *argv_of(*shlex.split(arguments))]
+        made.append(Terminal("leader", argv, env, tmp_path, request.param, rows=80))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+def compare(name, screen, columns):
+    """The screen is the one that is kept; what differs from run to run is left out, at its width."""
+    screen = re.sub(r"(?<=127\.0\.0\.1:)\d+|\d+(?=/s)", lambda match: "9" * len(match.group()), screen)
+    screen = re.sub(r"(?<=[( ])\d+ ms\b", "9 ms", screen)
+    path = SCREENS / ("%s-%d.txt" % (name, columns))
+    if os.environ.get("ACCEPT") == "write":
+        path.write_text(screen, encoding="utf-8")
+    assert screen == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_the_screen_after_a_run(name, window):
+    arguments, script = CASES[name]
+    with StandIn(script=script) as server:
+        terminal = window(arguments, server)
+        compare(name, terminal.last_screen(), terminal.columns)
+
+
+def test_help_fits_80_columns(run):
+    for flag in ("-h", "--help"):
+        assert max(map(len, run(flag, key=False).out.splitlines())) <= 80
+    assert len(run("-h", key=False).out.splitlines()) <= 40
+
+
+@pytest.mark.parametrize("name, last", [("progress-ended", {}), ("progress-failed", {"status": 400})])
+def test_progress_is_one_line_that_goes_away(name, last, window):
+    released = threading.Event()
+    with StandIn(script=[*[200] * 5, Reply(delay=1.1), Reply(delay=released, **last)]) as server:
+        terminal = window(FILE, server)
+        try:
+            terminal.wait_for(b" delivered")
+            compare("progress", terminal.screen(), terminal.columns)
+        finally:
+            released.set()
+        compare(name, terminal.last_screen(), terminal.columns)
+
+
+def test_an_interrupted_run_says_what_it_left(window):
+    held = threading.Event()
+    with StandIn(script=[200, Reply(delay=held)]) as server:
+        try:
+            terminal = window(FILE, server)
+            server.wait_for_requests(2)
+            terminal.type(b"\x03")
+            compare("interrupted", terminal.last_screen(), terminal.columns)
+        finally:
+            held.set()
