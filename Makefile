@@ -15,8 +15,7 @@ QUICK =
 
 ARCHIVE = dist/packtrack-logger.pyz
 # make compat: each version runs every SAMPLE-th of these, another part of them than its neighbours.
-COMPAT_TESTS = $(addprefix tests/test_,$(addsuffix .py,archive async cli delivery faults hosts key servers \
-	wrapper))
+COMPAT_TESTS = $(addprefix tests/test_,$(addsuffix .py,archive cli delivery faults input servers wrapper))
 SAMPLE = 3
 # Only these versions, such as "3.6 3.13"; empty: all that are found.
 VERSIONS =
@@ -37,19 +36,19 @@ endef
 # A share may be empty (exit code 5), all of them may not.
 define share
 logs=$$(mktemp -d); pids=; trap 'rm -rf "$$logs"' EXIT; trap 'kill $$pids; exit 130' INT TERM; \
-	ran=; failed=; share=$(JOBS); \
+	ran=; failed=; share=$(JOBS); mkdir "$$logs/claims"; \
 	while [ $$share -gt 1 ]; do \
-		PYTHONPATH=tests "$$py" -m pytest -q -p shard --shard $$share/$(JOBS) $(1) $(PYTEST_ARGS) \
+		PYTHONPATH=tests "$$py" -m pytest -q -p shard --claims "$$logs/claims" $(1) $(PYTEST_ARGS) \
 			>"$$logs/$$share" 2>&1 </dev/null & \
 		pids="$$pids $$!"; share=$$((share - 1)); \
 	done; \
-	PYTHONPATH=tests "$$py" -m pytest -q -p shard --shard 1/$(JOBS) $(1) $(PYTEST_ARGS) </dev/null; \
+	PYTHONPATH=tests "$$py" -m pytest -q -p shard --claims "$$logs/claims" $(1) $(PYTEST_ARGS) </dev/null; \
 	code=$$?; [ $$code -eq 5 ] || ran=1; [ $$code -eq 0 ] || [ $$code -eq 5 ] || failed=1; \
 	for pid in $$pids; do \
 		wait $$pid; code=$$?; \
 		[ $$code -eq 5 ] || ran=1; [ $$code -eq 0 ] || [ $$code -eq 5 ] || failed=1; \
 	done; pids=; \
-	[ $(JOBS) -eq 1 ] || cat "$$logs"/*; \
+	[ $(JOBS) -eq 1 ] || cat "$$logs"/[0-9]*; \
 	[ -n "$$ran" ] || { echo >&2 'make: no test was selected'; failed=1; }; \
 	[ -z "$$failed" ]
 endef
@@ -61,6 +60,7 @@ help:
 	@echo 'make compat    the tests of the program on each CPython from 3.6 up that is found'
 	@echo 'make lint      ruff, mypy, and shellcheck if it is there'
 	@echo 'make bench     speed and memory against their floors (QUICK=1: in under a minute)'
+	@echo 'make mutants   how many of 300 small mutations of the module the tests notice; coverage: what they never run'
 	@echo 'make readme    refresh the tables in README.md'
 	@echo 'make build     $(ARCHIVE) and its .sha256 (BYTECODE="3.6 3.11" or all)'
 	@echo 'make install   build, and copy to PREFIX/bin/packtrack-logger (PREFIX=$(PREFIX))'
@@ -124,21 +124,9 @@ lint:
 		echo 'shellcheck'; shellcheck build_zipapp.sh .ci/run .ci/pythons; \
 	else echo 'shellcheck: not installed, left out'; fi
 
-define FILL_IN
-import re, packtrack_logger
-with open("README.md", encoding="utf-8") as file:
-    text = file.read()
-for name, table in packtrack_logger.readme_tables().items():
-    text = re.sub("(<!-- %s -->\n).*?(<!-- /%s -->)" % (name, name),
-                  lambda match: match.group(1) + table + match.group(2), text, flags=re.S)
-with open("README.md", "w", encoding="utf-8", newline="\n") as file:
-    file.write(text)
-endef
-export FILL_IN
-
 # Puts the tables of flags and exit codes into the README.
 readme:
-	@"$(PYTHON)" -B -c "$$FILL_IN"
+	@"$(PYTHON)" -B tests/readme.py
 
 print-version:
 	@sed -n 's/^VERSION = "\(.*\)"$$/\1/p' packtrack_logger.py
@@ -148,11 +136,15 @@ release-notes:
 	@awk -v heading="## [$$($(MAKE) -s print-version)]" '/^\[/ { on = 0 } on && /^## / { on = 0 } on { print } \
 		index($$0, heading) == 1 { on = 1 }' CHANGELOG.md | sed '/./,$$!d'
 
+# Mutates the module in a copy of the tree; prints the score by section and each survivor as a diff.
+mutants:
+	@$(call with,pytest); "$$py" tests/mutants.py --count 300 --seed 1 --jobs $(JOBS)
+
+coverage:
+	@$(call with,pytest); "$$py" tests/mutants.py --coverage --jobs $(JOBS)
+
 bench:
 	@"$(PYTHON)" tests/bench.py $(if $(QUICK),--quick)
-
-bench-quick:
-	@"$(PYTHON)" tests/bench.py --quick
 
 install: build
 	@mkdir -p "$(DESTDIR)$(PREFIX)/bin"
@@ -167,5 +159,5 @@ uninstall:
 clean:
 	rm -rf dist .venv .ruff_cache .mypy_cache .pytest_cache __pycache__ tests/__pycache__
 
-.PHONY: help build demo venv test test-full compat lint readme print-version release-notes bench bench-quick \
+.PHONY: help build demo venv test test-full compat lint readme print-version release-notes mutants coverage bench \
 	install uninstall clean

@@ -95,11 +95,12 @@ cp "$here/packtrack_logger.py" "$here/LICENSE" "$work/archive/"
 section='# ---- A poor Python:'
 {
     cat <<'PYTHON'
+import errno
 import os
 import sys
 
 PYTHON
-    awk -v section="$section" '/^(# ----|if) /{on = index($0, section) == 1} on' "$here/packtrack_logger.py"
+    awk -v section="$section" '/^(# ----|try:)/{on = index($0, section) == 1} on' "$here/packtrack_logger.py"
     cat <<'PYTHON'
 if sys.version_info < (3, 6):
     stand_aside("needs Python 3.6 or newer; this is %d.%d" % sys.version_info[:2])

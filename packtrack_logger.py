@@ -9,12 +9,12 @@ Exit codes:
   4  input could not be read or parsed, or output could not be written
   128+n  terminated by signal n, after the same accounting (130 INT, 143 TERM)
 
-The command line is written on a class that a program may import: Client.
-Everything here is the standard library of CPython 3.6 or later.
+Programs may import Client. All of it runs on the standard library of CPython 3.6 or later.
 """
 
 import _thread
 import codecs
+import collections
 import errno
 import gc
 import io
@@ -22,17 +22,6 @@ import os
 import stat
 import sys
 import time
-
-try:
-    import argparse
-    import json
-    import re
-    import select
-    import signal
-
-    missing = None
-except ImportError as error:
-    missing = error
 
 VERSION = "1.0.0"
 PROGRAM = "packtrack-logger"
@@ -44,52 +33,35 @@ MISSING_MODULE = ("this Python has no module {}: install python3 "
 
 
 def entry_state():
-    """Return the environment and the mask of ignored signals as they were on entry, before CPython came.
-
-    In the C locale CPython sets LC_CTYPE (PEP 538). PIPE and XFSZ it ignores: what they were is gone, but for
-    the parent, whose mask we inherited, unless it is of those that ignore PIPE and spare their children.
-    """
-    environ, ignored = dict(getattr(os, "environb", os.environ)), 0
+    """Return the environment and the mask of ignored signals as they were before CPython came."""
+    ignored, parent = 0, "/proc/%d/" % os.getppid()
     try:
         with open("/proc/self/environ", "rb") as file:
-            entries = [entry for entry in file.read().split(b"\0") if entry.startswith(b"LC_CTYPE=")]
-        value = entries[0][9:] if entries else None
-    except (IOError, OSError):
-        value = environ.get(b"LC_CTYPE")
-        if not environ.get(b"LC_ALL") and environ.get(b"LANG", b"") in (b"", b"C", b"POSIX"):
-            value = None if value in (b"C.UTF-8", b"C.utf8", b"UTF-8") else value
-    if value is None:
-        environ.pop(b"LC_CTYPE", None)
-    else:
-        environ[b"LC_CTYPE"] = value
-    try:
-        with open("/proc/%d/status" % os.getppid()) as file:
-            parent = dict(line.split(":\t", 1) for line in file if ":\t" in line)
-        name = parent["Name"]
-        try:
-            name = os.path.basename(os.readlink("/proc/%d/exe" % os.getppid()))
-        except OSError:  # another user's
-            pass
-        if not name.startswith(("python", "pypy", "node", "sshd", "sudo", "tmux")):
-            ignored = int(parent["SigIgn"], 16)
-    except (IOError, OSError, KeyError, ValueError):
+            environ = dict(pair.split(b"=", 1) for pair in file.read().split(b"\0") if pair.find(b"=") > 0)
+    except EnvironmentError:  # macOS has no /proc
+        environ = dict(getattr(os, "environb", os.environ))
+        if not (environ.get(b"LC_ALL") or environ.get(b"LANG")):
+            environ.pop(b"LC_CTYPE", None)  # PEP 538 sets it
+    try:  # CPython ignores PIPE and XFSZ: what they were only our parent, whose mask we inherited, can tell
+        with open(parent + "status") as file:
+            status = dict(line.split(":\t", 1) for line in file if ":\t" in line)
+        readable = os.access(parent + "exe", os.R_OK)  # another user's is not
+        name = os.path.basename(os.readlink(parent + "exe")) if readable else status["Name"]
+        if not name.startswith(("python", "node", "sshd", "sudo", "tmux")):  # they spare their children
+            ignored = int(status["SigIgn"], 16)
+    except (EnvironmentError, KeyError, ValueError):
         pass
     return environ, ignored
 
 
 def exec_command(command, environ, ignored):
-    """Become the command (a list), found as execvp(3) finds it. Raises OSError or ValueError."""
-    import errno
-
-    try:
-        import signal
-    except ImportError:
-        import _signal as signal
+    """Become the command (a list), found as execvp(3) finds it. Raises OSError."""
+    signal = __import__("_signal" if sys.version_info >= (3, 5) else "signal")  # it needs no other module
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_IGN if ignored >> (number - 1) & 1 else signal.SIG_DFL)
     name, failure = command[0], OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     folders = [""] if "/" in name else os.environ.get("PATH", "/bin:/usr/bin").split(":") if name else []
-    for path in [folder and folder + "/" + name or name for folder in folders]:
+    for path in [os.path.join(folder, name) for folder in folders]:
         try:
             os.execve(path, command, environ)
         except OSError as error:
@@ -102,44 +74,41 @@ def exec_command(command, environ, ignored):
     raise failure
 
 
-def stand_aside(why):
-    """Say why the program cannot run, and let a command after `--` run in its place."""
-    command = sys.argv[sys.argv.index("--") + 1:] if "--" in sys.argv else []
-    code, lines = 1, [why + ("; running the command without reporting" if command else "")]
-    while lines:
-        try:
-            os.write(2, ("packtrack-logger: error: %s\n" % lines.pop()).encode("ascii", "replace"))
-        except OSError:
-            pass
-        try:
-            if command and os.name == "nt":
-                import subprocess
-
-                os._exit(subprocess.call(command))
-            elif command:
-                exec_command(command, *entry_state())
-        except (OSError, ValueError) as error:
-            code = 127 if getattr(error, "errno", 0) == 2 else 126
-            lines, command = ["cannot run %s: %s" % (command[0], getattr(error, "strerror", error))], []
+def stand_aside(why, code=1):
+    """Log why the program cannot run, run a command after `--` in its place unless it failed, and exit."""
+    command = sys.argv[sys.argv.index("--") + 1:] if code == 1 and "--" in sys.argv else []
+    why += "; running the command without reporting" if command else ""
+    try:
+        os.write(2, ("packtrack-logger: error: %s\n" % why).encode("ascii", "replace"))
+    except OSError:
+        pass
+    try:
+        if command and os.name == "nt":
+            code = __import__("subprocess").call(command)
+        elif command:
+            exec_command(command, *entry_state())
+    except OSError as error:
+        stand_aside("cannot run %s: %s" % (command[0], error.strerror), 126 + (error.errno == errno.ENOENT))
     os._exit(code)
 
 
-if missing is not None:  # a program that imports this module gets the error
-    if __name__ == "__main__":
-        stand_aside(MISSING_MODULE.format(missing.name))
-    raise missing
+try:
+    import argparse
+    import json
+    import re
+    import select
+    import signal
+except ImportError as error:
+    if __name__ != "__main__":  # a program that imports this module gets the error
+        raise
+    stand_aside(MISSING_MODULE.format(error.name))
 
 
 # ---- Errors: one class per exit code; a message is one line, without secrets -------------------------------
 
 
 class PackTrackError(Exception):
-    """What this module raises.
-
-    exit_code: the exit code of the command line. kind: a word for programs. status: the HTTP status, or None.
-    where: what it is about, such as "events.ndjson:151", "--timeout" or "PACKTRACK_TIMEOUT", or None.
-    ends_run: whether the rest of a run would fail alike.
-    """
+    """What this module raises. kind: a word for programs. ends_run: whether the rest would fail alike."""
 
     exit_code, kind = 2, "error"
 
@@ -181,21 +150,11 @@ class Interrupted(BaseException):
 
 # ---- Limits: what ends a wait; nothing else in this module waits by itself ---------------------------------
 
-TICK = 0.1
-BURST = 0.2
-LONGEST_SAVING = 30.0
-LONGEST_START = 5.0
+TICK, BURST, LONGEST_SAVING, LONGEST_START = 0.1, 0.2, 30.0, 5.0  # seconds
 
 
 class Limits:
-    """The deadline of the run and the signals that came: whatever waits asks here, every TICK seconds.
-
-    main() makes one for a run and all its threads share it. The signal handler only notes the signal, so no
-    accounting is ever cut in two; Delivery sets `over` when nothing more is to be sent.
-
-    seconds: the deadline from now, or None. patience: the signals it takes to end the sending; the first
-    always ends the reading. clock, pause: the monotonic clock and the way to sleep.
-    """
+    """What ends a run: a deadline (seconds or None), and signals: one the reading, `patience` the sending."""
 
     def __init__(self, seconds=None, patience=1, clock=time.monotonic, pause=time.sleep):
         self.clock, self._pause, self._patience = clock, pause, patience
@@ -237,26 +196,22 @@ class Limits:
 
 
 def start_thread(work):
-    """Run work() in a daemon thread; return a lock that is released when it has ended.
+    """Run work() in a daemon thread; return a lock that is released at its end. Raises RuntimeError."""
+    import threading  # here first: it takes the thread that imports it for the main one
 
-    Raises RuntimeError where there is no memory for a thread. threading.Thread.start() would wait for ever for
-    one that dies of that before it runs.
-    """
-    begun, ended = _thread.allocate_lock(), _thread.allocate_lock()
+    begun, ended = threading.Lock(), threading.Lock()
 
     def run():
-        begun.release()
-        try:
-            work()
-        except MemoryError:  # what is left undone is accounted for at the end
-            pass
-        finally:
-            ended.release()
+        with ended:
+            begun.release()
+            try:
+                work()
+            except MemoryError:  # what is left undone is accounted for at the end
+                pass
 
     begun.acquire()
-    ended.acquire()
     _thread.start_new_thread(run, ())
-    if not begun.acquire(True, LONGEST_START):
+    if not begun.acquire(True, LONGEST_START):  # no memory: threading.Thread.start() waits for ever then
         raise RuntimeError("the thread did not start")
     return ended
 
@@ -264,11 +219,9 @@ def start_thread(work):
 # ---- Options: one table, its value parsers, and resolve(argv, environ); no input is read here --------------
 
 UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
-LONGEST = 8784 * 3600.0
 SEVERITIES = ("debug", "info", "warn", "error")
 STATUSES = ("ok", "failed", "skipped", "timeout", "retrying", "unknown")
 TRUE, FALSE = ("1", "true", "yes", "y", "on"), ("0", "false", "no", "n", "off")
-DIGITS = "0123456789"
 HOST = r"(?=.{1,254}\Z)(?:[0-9A-Za-z_-]{1,63}\.)*[0-9A-Za-z_-]{1,63}\.?|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+\]"
 # RFC 3339, 5.6, with a capital T and Z. The calendar is in the pattern: datetime's parsers differ by version.
 TIMESTAMP = (
@@ -310,13 +263,12 @@ def one_of(metavar, *choices):
     """Return the kind of an enumeration."""
 
     def parse(text):
-        if text not in choices:
-            raise ValueError('must be one of {} (got "{}"){}'.format(
-                ", ".join(choices), printable(text), nearest(text, choices, '; did you mean "{}"?')))
-        return text
+        if text in choices:
+            return text
+        raise ValueError('must be one of {} (got "{}"){}'.format(
+            ", ".join(choices), printable(text), nearest(text, choices, '; did you mean "{}"?')))
 
-    parse.choices = choices
-    return parse, metavar
+    return (parse, metavar) + choices
 
 
 def parse_duration(text, zero=True):
@@ -326,7 +278,7 @@ def parse_duration(text, zero=True):
     if not pairs or "".join(map("".join, pairs)) != text or any(unit not in units for _, unit in pairs):
         raise ValueError('invalid duration "{}": use e.g. 500ms, 15s, 1m30s'.format(printable(text)))
     seconds = sum(float(number) * units[unit] for number, unit in pairs)
-    if seconds > LONGEST or not (seconds or zero):
+    if seconds > 8784 * 3600 or not (seconds or zero):
         raise ValueError("must be at most 8784h" if seconds else "must be more than zero")
     return seconds
 
@@ -351,18 +303,16 @@ def parse_object(text):
 def parse_base_url(text):
     """An http or https URL without user, query or fragment; return it in ASCII, without trailing slashes."""
     scheme, authority, path = re.fullmatch("(?:(https?)://)?([^/]*)(.*)", text, re.DOTALL).groups()
-    host, port = split_host(authority, None)
-    if "@" in text:
-        raise ValueError("must not contain a user or password (value not shown)")
-    if not scheme:
-        raise ValueError("must start with http:// or https:// (e.g. https://pack.example.com)")
-    if "?" in text or "#" in text:
-        raise ValueError("must not contain a query or fragment")
-    if port is not None and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
-        raise ValueError("port must be a number from 1 to 65535")
-    path = parse_path(path).rstrip("/")
-    if path.endswith("/api/ingest"):
-        raise ValueError("must not include /api/ingest")
+    host, port = split_host(authority, "80")
+    for is_wrong, why in (
+            ("@" in text, "must not contain a user or password (value not shown)"),
+            (not scheme, "must start with http:// or https:// (e.g. https://pack.example.com)"),
+            ("?" in text or "#" in text, "must not contain a query or fragment"),
+            (not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536,
+             "port must be a number from 1 to 65535"),
+            (path.rstrip("/").endswith("/api/ingest"), "must not include /api/ingest")):
+        if is_wrong:
+            raise ValueError(why)
     try:
         name = host if max(host, default="") <= "~" else host.encode("idna").decode("ascii")
     except UnicodeError:
@@ -370,13 +320,12 @@ def parse_base_url(text):
     if not re.fullmatch(HOST, name):
         kind = "IPv6 address in brackets" if host.startswith("[") else "host name"
         raise ValueError(("invalid " if host else "missing ") + kind)
-    return "{}://{}{}{}".format(scheme, name, ":" + port if port else "", path)
+    return scheme + "://" + name + authority[len(host):] + parse_path(path).rstrip("/")
 
 
 def split_host(text, default_port):
     """Return host and port, as text, of "host", "host:port" or "[address]:port"."""
-    host, port = re.fullmatch(r"(\[.*\][^:]*|[^:]*)(?::(.*))?", text, re.DOTALL).groups()
-    return host, default_port if port is None else port
+    return re.fullmatch(r"(\[.*\][^:]*|[^:]*)(?::(.*))?", text, re.DOTALL).groups(default_port)
 
 
 # RFC 9110, 5.5: visible ASCII, spaces inside only. Not quoted: it may be a secret.
@@ -401,10 +350,10 @@ class Option:
 
     def __init__(self, name, help, kind=BOOLEAN, default=None, short=None, field=None, secret=False):
         self.name, self.help, self.default, self.short = name, help, default, short
-        self.field, self.secret, self.path = field, secret, kind in (PATH, FILE)
-        self.parse, self.metavar = kind
-        self.is_boolean, self.choices = kind is BOOLEAN, getattr(self.parse, "choices", ())
-        self.flag, self.variable, self.opposite = "--" + name, None, None
+        self.about = help + (" [default {}]".format(default) if default else "")  # for who reads it alone
+        self.field, self.secret, self.is_boolean = field, secret, kind is BOOLEAN
+        self.parse, self.metavar, *self.choices = kind
+        self.flag, self.path, self.variable, self.opposite = "--" + name, kind in (PATH, FILE), None, None
         if name not in ("meta", "completion", "version", "help"):
             self.variable = "PACKTRACK_" + name.upper().replace("-", "_")
             if self.is_boolean:  # the flag that undoes it
@@ -491,15 +440,12 @@ STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 
 
 class Settings(dict):
-    """The value of each option by its name; defaults are parsed when they are asked for. Made by resolve().
+    """The value of each option by its name; defaults are parsed when asked for. Made by resolve()."""
 
-    sources: {name: the flag or variable that gave it}. command: what stands after `--`, or None. trouble:
-    the first error that keeps a command from being reported but not from running, or None.
-    """
-
-    def __init__(self, command=None):
+    def __init__(self, command):
         super().__init__()
-        self.sources, self.command, self.trouble = {}, command, None
+        self.sources, self.command = {}, command  # sources: {name: the flag or variable that gave it}
+        self.trouble = None  # the first error that keeps a command from being reported, not from running
 
     def __missing__(self, name):
         option = BY_NAME[name]
@@ -518,7 +464,7 @@ class Settings(dict):
 
 def parse_command_line(argv):
     """Return {option name: [(flag, text), ...]}, the command after `--` or None, and a list of errors."""
-    words, errors, command, bare, options, rest = [], [], None, None, set(), iter(argv)
+    words, errors, command, bare, rest = [], [], None, None, iter(argv)
     for word in rest:
         if word == "--":
             command = list(rest)
@@ -531,22 +477,19 @@ def parse_command_line(argv):
             errors.append(refuse_word(word, bare))
             continue
         bare = flag if option.is_boolean and not equals else None
-        if not equals:
-            text = "true" if bare else next(rest, None)
+        text = text if equals else "true" if bare else next(rest, None)
         if text is None:
             errors.append(UsageError("needs a value ({})".format(option.metavar), where=flag))
             break
         # The value repeats the flag: argparse does not keep it, refuses a dash first, and drops "--".
         words.append("{0}={0}={1}".format(flag, text))
-        options.add(option)
     # The help is ours. A fixed width keeps argparse from importing shutil to measure the terminal.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="",
-                                     argument_default=argparse.SUPPRESS,
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80))
-    for option in options:  # of all of them argparse takes long to be told
-        parser.add_argument(*option.flags, dest=option.name, action="append")
-    given = vars(parser.parse_args(words))
-    return {name: [text.split("=", 1) for text in given[name]] for name in given}, command, errors
+    parser = argparse.ArgumentParser(
+        add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80))
+    for option in {BY_FLAG[word.partition("=")[0]] for word in words}:  # all would take argparse long
+        parser.add_argument(
+            *option.flags, dest=option.name, action="append", type=lambda text: text.split("=", 1))
+    return vars(parser.parse_args(words)), command, errors
 
 
 def refuse_word(word, bare):
@@ -555,40 +498,32 @@ def refuse_word(word, bare):
     if not word.startswith("-") or word == "-":
         if bare:
             return UsageError("takes no value (to read a file: --file PATH)", where=bare)
-        if os.path.exists(word):
-            return InvalidError("unexpected argument: to send a file use --file PATH (one per run)")
-        return InvalidError("unexpected argument (hidden, it may be a secret): quote values that contain "
-                            "spaces, read files with --file, put -- before a command")
+        return InvalidError("unexpected argument" + (
+            ": to send a file use --file PATH (one per run)" if os.path.exists(word) else
+            " (hidden, it may be a secret): quote values that contain spaces, read files with --file, put -- "
+            "before a command"))
     shown = re.match("--?[A-Za-z0-9-]{0,198}", word).group()[:None if word.startswith("--") else 2]
     if shown in BY_FLAG:
         return UsageError("and what follows must be separate words", where=shown)
-    near = nearest(word.partition("=")[0], BY_FLAG)
-    for option in OPTIONS:
-        if option.secret and shown.startswith(option.flag):
-            shown = option.flag + "..."
-    return InvalidError("unknown flag {}{}; see --help".format(shown, near))
+    if any(option.secret and shown.startswith(option.flag) for option in OPTIONS):
+        shown = "--api-key..."
+    return InvalidError("unknown flag {}{}; see --help".format(shown, nearest(word.split("=")[0], BY_FLAG)))
 
 
 def read_option(option, source, text):
     """Return the value of an option from its text; source, the flag or variable, is named by errors."""
     if text == "" and (option.field is None or option.field in REQUIRED):  # else empty is absent
         raise UsageError("is empty (is the variable set?)", where=source)
-    try:
-        if not option.path:  # text is UTF-8, whatever the locale took it for
-            text = os.fsencode(text).decode("utf-8")
-        value = option.parse(text)
-    except UnicodeError:
-        raise InvalidError("must be UTF-8", where=source)
+    try:  # text is UTF-8, whatever the locale took it for
+        value = option.parse(text if option.path else os.fsencode(text).decode("utf-8"))
     except (ValueError, InputError) as error:
-        raise InvalidError(str(error), where=source)
+        why = "must be UTF-8" if isinstance(error, UnicodeError) else str(error)
+        raise InvalidError(why, where=source)
     return not value if source == option.opposite else value
 
 
 def resolve(argv, environ):
-    """Return the Settings of a command line (a list without the program's name) and an environment (a dict).
-
-    A flag beats its variable, and that the default. Raises InvalidError.
-    """
+    """Return the Settings of a command line and an environment; a flag wins. Raises InvalidError."""
     given, command, errors = parse_command_line(argv)
     settings = Settings(command)
     for name in ("help", "version", "completion"):  # whoever asks for one gets it, whatever else is wrong
@@ -601,7 +536,7 @@ def resolve(argv, environ):
         raise errors[0]
     ignored = NOT_WITH_COMMAND + ("severity", "status") if command else ()
     for pair in (("api-key", "api-key-file"), ("file", "stdin")):  # either flag beats either variable
-        if any(name in given and given[name][-1][0] == "--" + name for name in pair):
+        if any(given.get(name, [("", "")])[-1][0] == "--" + name for name in pair):
             ignored += pair
     found = {option.name: (option.variable, environ[option.variable]) for option in OPTIONS
              if option.name not in ignored and environ.get(option.variable or "")}
@@ -620,12 +555,11 @@ def resolve(argv, environ):
 
 def settle(settings):
     """Refuse options that contradict each other; drop variables that are about another kind of run."""
-    command, sources, reads = settings.command, settings.sources, settings["file"] or settings["stdin"]
+    command, sources, alone = settings.command, settings.sources, "cannot be combined with a command"
     reads_stdin = command or settings["stdin"] or settings["file"] in STANDARD_INPUT
     keyless = settings["dry-run"] or settings["output"] or settings["health"]
     if settings["api-key"]:
         settings["api-key-file"] = None
-    alone = "cannot be combined with a command"
     rules = [
         (("file",), not settings["stdin"], "and {} cannot be used together".format(sources.get("stdin"))),
         (NOT_WITH_COMMAND + ("dry-run",), not command, alone),
@@ -633,17 +567,16 @@ def settle(settings):
         (("severity", "status"), not command, alone + ", whose outcome sets it"),
         (("api-key-file",), keyless or not reads_stdin or settings["api-key-file"] not in STANDARD_INPUT,
          "cannot be standard input: the {} it".format("command reads" if command else "events come from")),
-        (("ndjson", "allow-empty"), reads, "needs --file or --stdin"),
+        (("ndjson", "allow-empty"), settings["file"] or settings["stdin"], "needs --file or --stdin"),
         (("no-flush",), settings["async"], "needs --async"),
         (("command-timeout", "strict"), command, "needs a command after --"),
     ]
-    for names, holds, why in rules:
-        for name in names:
-            if settings[name] and not holds:
-                # The variables of these are not ignored: an event might be sent that was not to be.
-                if settings.from_flag(name) or name in ("file", "dry-run", "output", "api-key-file"):
-                    settings.refuse(name, UsageError(why, where=sources[name]))
-                del settings[name], sources[name]
+    for name, why in [(name, why) for names, holds, why in rules if not holds for name in names]:
+        if settings[name]:
+            # The variables of these are not ignored: an event might be sent that was not to be.
+            if settings.from_flag(name) or name in ("file", "dry-run", "output", "api-key-file"):
+                settings.refuse(name, UsageError(why, where=sources[name]))
+            del settings[name], sources[name]
 
 
 # ---- Texts: what people read, derived from the table; nothing is printed here ------------------------------
@@ -657,10 +590,8 @@ USAGE = """Usage:
 SHORT_USAGE = USAGE + "See packtrack-logger --help.\n"
 ESSENTIAL = ("api-key-file", "source-system", "workflow-id", "actor-type", "actor-id", "severity", "status",
              "message", "file", "ndjson", "undelivered", "dry-run", "verbose", "help")
-SHORT_FOOTER = """
-Flags can be set as variables: --api-key as PACKTRACK_API_KEY.
-All flags, variables, exit codes and examples: packtrack-logger --help
-"""
+SHORT_FOOTER = ("\nFlags can be set as variables: --api-key as PACKTRACK_API_KEY.\n"
+                "All flags, variables, exit codes and examples: packtrack-logger --help\n")
 FOOTER = """
 Precedence: flag, environment variable, default.
 Boolean flags can be negated with --no-FLAG (--no-flush: with --flush).
@@ -693,8 +624,8 @@ def nearest(word, known, hint=' (did you mean "{}"?)'):
     import difflib
 
     word = word.lower()
-    found = [name for name in known if word == name or word in ALIASES.get(name, "").split()]
-    found += difflib.get_close_matches(word, known, 1)
+    found = [name for name in known if word == name or word in ALIASES.get(name, "").split()] or (
+        difflib.get_close_matches(word, known, 1))
     return hint.format(found[0]) if found else ""
 
 
@@ -712,20 +643,17 @@ def help_text(long=True):
         text = textwrap.indent(text, " " * width)
         return name.ljust(width) + text[width:] if len(name) < width else name + "\n" + text
 
-    def describe(option):
-        flags = ", ".join(filter(None, (option.short, option.flag)))
-        facts = ", ".join(filter(None, (option.variable, option.default and "default " + option.default)))
-        return entry("  " + " ".join(filter(None, (flags, option.metavar))),
-                     option.help + (" [{}]".format(facts) if long and facts else ""))
-
     lines = [SUMMARY, "", USAGE.rstrip()]
     for title, options in GROUPS if long else [("Most used flags", [BY_NAME[name] for name in ESSENTIAL])]:
-        lines += ["", title + ":"] + [describe(option) for option in options]
-    if not long:
-        return "\n".join(lines) + "\n" + SHORT_FOOTER
-    lines += [FOOTER] + [entry("  " + code, meaning, 10) for code, meaning in exit_codes()]
-    lines += [entry("", "With a COMMAND: the command's own, and 124 after --command-timeout.", 10)]
-    return "\n".join(lines) + "\n" + EXAMPLES
+        lines += ["", title + ":"]
+        for option in options:
+            name = " ".join(filter(None, (option.short and option.short + ",", option.flag, option.metavar)))
+            facts = ", ".join(filter(None, (option.variable, option.default and "default " + option.default)))
+            lines.append(entry("  " + name, option.help + (" [{}]".format(facts) if long and facts else "")))
+    if long:
+        lines += [FOOTER] + [entry("  " + code, meaning, 10) for code, meaning in exit_codes()]
+        lines += [entry("", "With a COMMAND: the command's own, and 124 after --command-timeout.", 10)]
+    return "\n".join(lines) + "\n" + (EXAMPLES if long else SHORT_FOOTER)
 
 
 def completion(shell):
@@ -735,28 +663,21 @@ def completion(shell):
 
 def bash_completion():
     """For bash 4 or later: only its compopt quotes the names of files."""
-    case = '        {}) COMPREPLY=($(compgen -W "{}" -- "$cur")); return ;;\n'
-    cases = [case.format(option.flag, " ".join(option.choices)) for option in OPTIONS if option.choices]
-    paths = "|".join(option.flag for option in OPTIONS if option.path)
-    values = "|".join(option.flag for option in OPTIONS if option.metavar)
-    words = " ".join(flag for option in OPTIONS for flag in (option.flag, option.short) if flag)
+    cases = ["    {}) {} ;;\n".format(option.flag, "compopt -o default; return" if option.path else
+                                      'words="{}"'.format(" ".join(option.choices)))
+             for option in OPTIONS if option.metavar]
+    words = " ".join(filter(None, [flag for option in OPTIONS for flag in (option.flag, option.short)]))
     return """_packtrack_logger() {
-    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} i
-    COMPREPLY=()
-    for ((i = 1; i < COMP_CWORD; i++)); do
-        [ "${COMP_WORDS[i]}" = -- ] || continue
-        ((i + 1 < COMP_CWORD)) || COMPREPLY=($(compgen -c -- "$cur"))
-        compopt -o default 2>/dev/null; return
-    done
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words="%s"
+    [ "$prev" != -- ] || COMPREPLY=($(compgen -c -- "$cur"))
+    [[ " ${COMP_WORDS[*]:0:COMP_CWORD} " != *" -- "* ]] || { compopt -o default; return; }
     if [ "$cur" = = ]; then cur=; elif [ "$prev" = = ]; then prev=${COMP_WORDS[COMP_CWORD-2]}; fi
     case $prev in
-%s        %s) compopt -o default 2>/dev/null; return ;;
-        %s) return ;;
-    esac
-    COMPREPLY=($(compgen -W "%s" -- "$cur"))
+%s    esac
+    COMPREPLY=($(compgen -W "$words" -- "$cur"))
 }
 complete -F _packtrack_logger packtrack-logger packtrack-logger.pyz
-""" % ("".join(cases), paths, values, words)
+""" % (words, "".join(cases))
 
 
 def zsh_completion():
@@ -765,18 +686,13 @@ def zsh_completion():
     for option in OPTIONS:
         action = "_files" if option.path else "(" + " ".join(option.choices) + ")" if option.choices else " "
         value = ":{}:{}".format(option.metavar, action) if option.metavar else ""
-        text = re.sub(r"([][:\\])", r"\\\1", about(option)).replace("'", "'\\''")
-        form = ("'*{}[{}]{}'" if option.name == "meta" else "'{}[{}]{}'").format
-        lines += [form(flag, text, value) for flag in (option.flag, option.short) if flag]
+        text = re.sub(r"([][:\\])", r"\\\1", option.about).replace("'", "'\\''")
+        lines += ["'{}{}[{}]{}'".format("*" * (option.name == "meta"), flag, text, value)
+                  for flag in (option.flag, option.short) if flag]
     return """#compdef packtrack-logger packtrack-logger.pyz
 _packtrack_logger() {
   local -i end=${words[(i)--]}
-  if (( end < CURRENT )); then
-    shift $end words
-    (( CURRENT -= end ))
-    _normal
-    return
-  fi
+  (( end < CURRENT )) && { shift $end words; (( CURRENT -= end )); _normal; return }
   _arguments %s
 }
 if [[ $funcstack[1] = _packtrack-logger ]]; then _packtrack_logger "$@"
@@ -786,43 +702,26 @@ else compdef _packtrack_logger packtrack-logger packtrack-logger.pyz; fi
 
 def fish_completion():
     """To be sourced, or kept in fish's completions directory."""
-    lines = [
-        "complete -c packtrack-logger.pyz -w packtrack-logger",
-        "complete -c packtrack-logger -f",
-        "complete -c packtrack-logger -n 'contains -- -- (commandline -opc)' "
-        "-a '(complete -C (commandline -cp | string replace -r \"^.*? -- +\" \"\"))'",
-    ]
+    lines = ["complete -c packtrack-logger.pyz -w packtrack-logger\n"
+             "complete -c packtrack-logger -f\n"
+             "complete -c packtrack-logger -n 'contains -- -- (commandline -opc)' "
+             "-a '(complete -C (commandline -cp | string replace -r \"^.*? -- +\" \"\"))'"]
     for option in OPTIONS:
-        value = " -r -F" if option.path else " -x" if option.metavar else ""
-        value += " -a '{}'".format(" ".join(option.choices)) if option.choices else ""
-        short = " -s " + option.short[1:] if option.short else ""
-        text = about(option).replace("\\", "\\\\").replace("'", "\\'")
-        lines.append("complete -c packtrack-logger -l {}{}{} -d '{}'".format(option.name, short, value, text))
+        value = " -x -a '{}'".format(" ".join(option.choices)) if option.metavar else ""
+        value = " -r -F" if option.path else " -s " + option.short[1:] if option.short else value
+        text = option.about.replace("\\", "\\\\").replace("'", "\\'")
+        lines.append("complete -c packtrack-logger -l {}{} -d '{}'".format(option.name, value, text))
     return "\n".join(lines) + "\n"
-
-
-def about(option):
-    """Return what an option is for, with its default, for completions, which show it alone."""
-    return option.help + (" [default {}]".format(option.default) if option.default else "")
-
-
 # ---- Events: pure functions from records to records; no files, no clock ------------------------------------
 
 FIELDS = ("timestamp", "source", "workflow", "actor", "severity", "status", "message", "metadata", "extra")
-PARTS = {
-    "source": ("system", "env"),
-    "workflow": ("id", "name", "run_id", "step_id"),
-    "actor": ("type", "id", "display_name"),
-}
+PARTS = {"source": ("system", "env"), "workflow": ("id", "name", "run_id", "step_id"),
+         "actor": ("type", "id", "display_name")}
 REQUIRED = ("source.system", "workflow.id", "actor.type", "actor.id", "severity", "status", "message")
 TEXTS = ("timestamp", "severity", "status", "message") + tuple(
     "{}.{}".format(part, name) for part in PARTS for name in PARTS[part])
 OBJECTS = ("metadata", "extra")
-# A part's other names belong to its id, so a default for them is for no other id; the actor's type does not.
-ANCHORS = {"source": "system", "workflow": "id", "actor": "id"}
-MAX_RECORD = 16 << 20
-MAX_DEPTH = 500
-MAX_DIGITS = 4300
+MAX_RECORD, MAX_DEPTH, MAX_DIGITS = 16 << 20, 500, 4300
 TOO_LONG = "a record of more than 16 MiB"
 TOO_DEEP = "more than {} levels of nesting".format(MAX_DEPTH)
 JSON_BLANKS = " \t\r\n"
@@ -830,8 +729,8 @@ JSON_BLANKS = " \t\r\n"
 
 def _finite(text):
     value = float(text)
-    if value - value:
-        raise ValueError("a number is too large")
+    if value - value:  # not finite: NaN, or an infinity that is written as such or with an exponent
+        raise ValueError("a number is too large" if text[-1].isdigit() else text + " is not JSON")
     return value
 
 
@@ -841,12 +740,8 @@ def _whole(text):
     return int(text)
 
 
-def _no_constant(name):
-    raise ValueError("{} is not JSON".format(name))
-
-
 # The C scanner that json.loads calls, called directly: no wrapper per record, and it reads from any position.
-scan_once = json.JSONDecoder(parse_float=_finite, parse_int=_whole, parse_constant=_no_constant).scan_once
+scan_once = json.JSONDecoder(parse_float=_finite, parse_int=_whole, parse_constant=_finite).scan_once
 
 
 def exceeded_limit(text, value):
@@ -863,13 +758,12 @@ def exceeded_limit(text, value):
 
 def describe_json_error(error):
     """Return what an error of scan_once means, quoting nothing, and its position in the text or None."""
-    if isinstance(error, RecursionError):
-        return TOO_DEEP, None
     if isinstance(error, StopIteration):
         return "invalid JSON: expected a value", error.value
-    if not isinstance(error, json.JSONDecodeError):  # a ValueError of _finite's or _no_constant's
-        return str(error), None
-    return "invalid JSON: " + re.sub("( starting)? at$", "", error.msg[:1].lower() + error.msg[1:]), error.pos
+    if isinstance(error, json.JSONDecodeError):
+        words = re.sub("( starting)? at$", "", error.msg)
+        return "invalid JSON: " + words[:1].lower() + words[1:], error.pos
+    return TOO_DEEP if isinstance(error, RecursionError) else str(error), None
 
 
 def parse_json(text):
@@ -877,10 +771,10 @@ def parse_json(text):
     position = None
     try:
         value, end = scan_once(text, len(text) - len(text.lstrip(JSON_BLANKS)))
-        fault = exceeded_limit(text, value)
-        if text[end:].strip(JSON_BLANKS):
-            fault, position = "invalid JSON: extra data", len(text) - len(text[end:].lstrip(JSON_BLANKS))
-        if fault is None:
+        rest, fault = text[end:].lstrip(JSON_BLANKS), exceeded_limit(text, value)
+        if rest:
+            fault, position = "invalid JSON: extra data", len(text) - len(rest)
+        elif fault is None:
             return value
     except (ValueError, StopIteration, RecursionError) as error:
         fault, position = describe_json_error(error)
@@ -895,38 +789,34 @@ encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(
 def dump_json(value):
     """Return the bytes of compact JSON on one line. Raises InvalidError where JSON has no such value."""
     try:
-        return encode_json(value).encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only hold escaped
-        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
+        return encode_json(value).encode("utf-8", "backslashreplace")  # half of a surrogate pair, as \ud800
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidError("cannot be written as JSON: {}".format(printable(str(error))))
 
 
 def check_event(event):
     """Raise InvalidError, which names the fields, unless event (a dict) is a complete and valid event."""
-    _check_names("", event, FIELDS)
-    for part in tuple(PARTS) + OBJECTS:
-        if event.get(part) is not None:
-            if type(event[part]) is not dict:
-                raise InvalidError("must be an object", where=part)
-            if part in PARTS:
-                _check_names(part + ".", event[part], PARTS[part])
-    missing = [path for path in ("timestamp",) + REQUIRED if field_value(event, path) is None]
+    for part in ("",) + tuple(PARTS) + OBJECTS:
+        record, prefix = (event.get(part), part + ".") if part else (event, "")
+        if record is not None and type(record) is not dict:
+            raise InvalidError("must be an object", where=part)
+        known = PARTS.get(part, record) if part else FIELDS
+        for name in record or ():
+            if name not in known:
+                raise InvalidError('unknown field "{}"{}; put custom fields under "metadata"'.format(
+                    prefix + printable(name), nearest(prefix + name, [prefix + field for field in known])))
+    required = ("timestamp",) + REQUIRED
+    missing = [path for path in required if field_value(event, path) is None]
     if missing:
         raise InvalidError("missing required " + ", ".join(missing))
     for path in TEXTS:
         value = field_value(event, path)
         if value is not None and type(value) is not str:
             raise InvalidError("must be a string", where=path)
-        if value == "" and path in REQUIRED:
+        if value == "" and path in required:
             raise InvalidError("must not be empty", where=path)
     for path in ("severity", "status", "timestamp"):
-        try:
-            if not event[path]:
-                raise ValueError("must not be empty")
-            BY_NAME[path].parse(event[path])
-        except ValueError as error:
-            raise InvalidError(str(error), where=path)
+        checked(BY_NAME[path].parse, path, event[path])
 
 
 def field_value(event, path):
@@ -936,26 +826,15 @@ def field_value(event, path):
     return value.get(name) if name and value is not None else value
 
 
-def _check_names(prefix, record, known):
-    for name in record:
-        if name not in known:
-            raise InvalidError('unknown field "{}"{}; put custom fields under "metadata"'.format(
-                prefix + printable(name), nearest(prefix + name, [prefix + field for field in known])))
-
-
 def complete_event(event, defaults, now):
-    """Return a copy of event (a dict) with what it lacks, null included, filled in.
-
-    defaults: an event of any fields. now: the timestamp, text, of an event that has none. What the event says
-    wins. Raises InvalidError if the result is not a valid event.
-    """
+    """Return a copy of an event with what it lacks, null included, from defaults. Raises InvalidError."""
     result = {}
     for name in FIELDS + tuple(name for name in event if name not in FIELDS):
         own, default = event.get(name), defaults.get(name)
         if name in PARTS and (own is None or type(own) is dict):
-            own, default, anchor = own or {}, default or {}, ANCHORS[name]
+            own, default, anchor = own or {}, default or {}, "system" if name == "source" else "id"
             own = {key: own[key] for key in own if own[key] is not None or key not in PARTS[name]}
-            if anchor in own and own[anchor] != default.get(anchor):
+            if anchor in own and own[anchor] != default.get(anchor):  # the other names belong to the id
                 default = {key: default[key] for key in default if key == "type"}
             own = dict(default, **own)
         elif name in OBJECTS and type(own) is dict:
@@ -969,12 +848,8 @@ def complete_event(event, defaults, now):
 
 
 def completeness_test(defaults):
-    """Return a fast test of a parsed record: True only if it is valid and lacks nothing of the defaults.
-
-    It may say False of a valid record; complete_event then has the last word. The test runs once a record, so
-    it is flat: join() checks in one call that all values are strings, lengths that there is no unknown name.
-    """
-    timestamp, join = re.compile(TIMESTAMP).match, "".join
+    """Return a fast test of a parsed record: whether it is surely valid and lacks nothing of the defaults."""
+    timestamp, join, empty = re.compile(TIMESTAMP).match, "".join, {}
     severities, statuses = frozenset(SEVERITIES), frozenset(STATUSES)
     wanted = [(part, name) for part in tuple(PARTS) + OBJECTS for name in defaults.get(part, ())]
 
@@ -986,27 +861,18 @@ def completeness_test(defaults):
                     and timestamp(event["timestamp"]) and source["system"] and workflow["id"]
                     and actor["type"] and actor["id"] and message):
                 return False
+            # In one call: are all of them strings? Below, the lengths: is no name unknown?
             join((message, *source.values(), *workflow.values(), *actor.values()))
-            known = 7
-            if "metadata" in event:
-                known = 8
-                if type(event["metadata"]) is not dict:
-                    return False
-            if "extra" in event:
-                known += 1
-                if type(event["extra"]) is not dict:
-                    return False
-            return (len(event) == known and len(source) == 1 + ("env" in source)
-                    and len(actor) == 2 + ("display_name" in actor)
+            return ((len(event) == 7 or len(event) == 7 + ("metadata" in event) + ("extra" in event)
+                     and type(event.get("metadata", empty)) is type(event.get("extra", empty)) is dict)
+                    and len(source) == 1 + ("env" in source) and len(actor) == 2 + ("display_name" in actor)
                     and len(workflow) == 1 + ("name" in workflow) + ("run_id" in workflow)
                     + ("step_id" in workflow))
         except (KeyError, TypeError, AttributeError):
             return False
 
-    def lacks_nothing(event):
-        return is_complete(event) and all(name in event.get(part, ()) for part, name in wanted)
-
-    return lacks_nothing if wanted else is_complete
+    return is_complete if not wanted else lambda event: is_complete(event) and all(
+        name in event.get(part, ()) for part, name in wanted)
 
 
 def event_defaults(settings):
@@ -1021,47 +887,37 @@ def event_defaults(settings):
 
 def utc_timestamp(seconds):
     """Return seconds since the epoch as an RFC 3339 time in UTC with microseconds."""
-    whole = int(seconds // 1)
-    micros = int((seconds - whole) * 1e6)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + ".{:06d}Z".format(micros)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + ".%06dZ" % int(seconds % 1 * 1e6)
 
 
 # ---- Input: from streams to lists of records; no network ---------------------------------------------------
 
 # Read and validated at a time. Larger blocks are mapped anew by malloc each time, a tenth of the whole cost.
-BLOCK = 1 << 16
-SMALL = 1000
-BLANK = b" \t\r\n"
-BOM = b"\xef\xbb\xbf"
+BLOCK, SMALL = 1 << 16, 1000
+BLANK, BOM = b" \t\r\n", b"\xef\xbb\xbf"
 # Tokens that decide where a JSON value ends; an escape that the data cuts off is looked at again.
 TOKEN = re.compile(rb'\\(?:.|\Z)|["{}\[\]]', re.DOTALL)
 # What the reading of an array expects next: its begin, the first element, the next one, what comes after one.
 STEPS = {("begin", "["): "first", ("first", "]"): "end", ("after", ","): "next", ("after", "]"): "end"}
-OUT_OF_STEP = {
-    "begin": "not a JSON object or array",
-    "after": "invalid JSON: expected a comma or the end of the array",
-    "end": "invalid JSON: extra data",
-}
+OUT_OF_STEP = {"begin": "not a JSON object or array", "end": "invalid JSON: extra data",
+               "after": "invalid JSON: expected a comma or the end of the array"}
+# Bytes that are no valid record. error: None where the ones before go on. ends: whether a record ends.
+Refused = collections.namedtuple("Refused", "raw error ends")
 
 
 class Source:
-    """An open file, pipe or standard input ("-"); made by main, read by the thread that runs the Reader.
-
-    name: for messages. mode: as of fstat. is_file: whether it is a regular file. Raises InputError.
-    """
+    """An open file, pipe or standard input ("-"); made by main, read by the Reader. Raises InputError."""
 
     def __init__(self, path, limits):
-        self.name, self._limits = display(path, "standard input"), limits
+        self.name, self._limits = display(path, "standard input"), limits  # the name is for messages
         try:
-            if path != "-":
-                flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-                # Opening a FIFO waits for its writer; Linux can wait in poll() instead, within the limits.
-                fifo = sys.platform.startswith("linux") and stat.S_ISFIFO(os.stat(path).st_mode)
-                self.raw = io.FileIO(os.open(path, flags | os.O_NONBLOCK if fifo else flags))
-            elif sys.stdin is None:
-                raise InputError("cannot read standard input: it is closed")
-            else:
-                self.raw = io.FileIO(0, closefd=False)
+            flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+            if path == "-" and sys.stdin is None:
+                raise OSError("it is closed")
+            # Opening a FIFO waits for its writer; Linux can wait in poll() instead, within the limits.
+            if path != "-" and sys.platform.startswith("linux") and stat.S_ISFIFO(os.stat(path).st_mode):
+                flags |= os.O_NONBLOCK
+            self.raw = io.FileIO(0 if path == "-" else os.open(path, flags), closefd=path != "-")
             self.identity = os.fstat(self.raw.fileno())
             self.is_file = stat.S_ISREG(self.identity.st_mode)
         except (OSError, ValueError) as error:
@@ -1069,21 +925,17 @@ class Source:
 
     def chunks(self):
         """Yield the bytes as they come, at most BLOCK at a time. Raises InputError, and as Limits.check()."""
+        chunk = None
         try:
-            while True:
+            while chunk != b"":
                 self._limits.check(reading=True)
                 if not self.is_file:
                     wait_until_ready(self.raw.fileno(), self._limits, reading=True)
                 chunk = self.raw.read(BLOCK)
-                if chunk == b"":
-                    return
-                if chunk is not None:  # None: non-blocking, and another process was faster
+                if chunk:  # None: non-blocking, and another process was faster
                     yield chunk
         except OSError as error:
             raise InputError("cannot read {}: {}".format(self.name, reason(error)))
-
-    def close(self):
-        self.raw.close()
 
 
 def wait_until_ready(descriptor, limits, reading=False):
@@ -1096,42 +948,23 @@ def wait_until_ready(descriptor, limits, reading=False):
         seconds = limits.left(reading=reading)
 
 
-class Refused:
-    """Bytes of the input that are no valid record; made by Reader.
-
-    raw: as they came. error: what is wrong, or None where they continue the ones before. ends: whether the
-    record ends here.
-    """
-
-    __slots__ = ("raw", "error", "ends")
-
-    def __init__(self, raw, error, ends=True):
-        self.raw, self.error, self.ends = raw, error, ends
-
-
 class Reader:
-    """Turns a stream of bytes into lists of valid, complete records; made by main, run by one thread.
-
-    source: a Source. ndjson: one record a line, else one JSON object or array. defaults: see complete_event.
-    allow_empty: whether there may be no record at all. single: once reading began, whether it is one object.
-    """
+    """Turns a Source's bytes into lists of valid, complete records; made by main, run by one thread."""
 
     def __init__(self, source, ndjson, defaults, allow_empty=False):
-        self.name, self.single = source.name, False
+        self.name, self.single = source.name, False  # single: whether it is one object, once known
         self._source, self._ndjson, self._allow_empty = source, ndjson, allow_empty
         self._defaults, self._is_complete = defaults, completeness_test(defaults)
-        self._line, self._counted = 1, 0
-        self._state = "begin"  # of an array; see STEPS. "broken": its elements can no longer be told apart
+        self._line, self._counted, self._state = 1, 0, "begin"  # see STEPS; "broken": after a fault
         self._skip_blanks = re.compile(r"[ \t\r\n]*").match
         self._next_object = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)").match
 
     def records(self):
         """Yield lists of records (bytes), and a Refused for what is none. Raises as Source.chunks()."""
-        found = False
-        for item in (self._lines if self._ndjson else self._elements)(self._text_chunks()):
-            found = True
+        item = None
+        for item in filter(None, (self._lines if self._ndjson else self._elements)(self._text_chunks())):
             yield item
-        if not (found or self._allow_empty):
+        if item is None and not self._allow_empty:
             raise InputError("no events found", where=self.name)
 
     def _text_chunks(self):
@@ -1155,30 +988,27 @@ class Reader:
         return "{}:{}".format(self.name, self._line)
 
     def _lines(self, chunks):
-        held, size, too_long = [], 0, False
+        held, too_long = bytearray(), False
         for chunk in chunks:
             if too_long:  # its rest is kept as it came, up to the next line break
                 rest, line_break, chunk = chunk.partition(b"\n")
-                yield Refused(rest, None, ends=bool(line_break))
+                yield Refused(rest + line_break, None, ends=False)
                 too_long, self._line = not line_break, self._line + bool(line_break)
             cut = chunk.rfind(b"\n") + 1
             if cut:
-                yield from self._whole_lines(b"".join(held) + chunk[:cut])
-                held, size = [], 0
-            held.append(chunk[cut:])
-            size += len(chunk) - cut
-            if size > MAX_RECORD + BLOCK:  # there may be blanks around the record
-                where = "{}:{}".format(self.name, self._line)
-                yield Refused(b"".join(held), InputError(TOO_LONG, where=where), ends=False)
-                held, size, too_long = [], 0, True
-        if too_long:
-            yield Refused(b"", None)
-        yield from self._whole_lines(b"".join(held))
+                yield from self._whole_lines(bytes(held) + chunk[:cut])
+                held.clear()
+            held += chunk[cut:]
+            if len(held) > MAX_RECORD + BLOCK:  # there may be blanks around the record
+                yield Refused(bytes(held), InputError(TOO_LONG, where=self._locate(b"", 0)), ends=False)
+                held, too_long = bytearray(), True
+        yield from self._whole_lines(bytes(held))
 
     def _whole_lines(self, data):
-        records, position, size, trusted = [], 0, len(data), True
+        """Return what whole lines hold: lists of records, and a Refused for what is none."""
+        items, position, size, trusted = [[]], 0, len(data), True
         text, valid = as_text(data)
-        is_complete, scan, find, append = self._is_complete, scan_once, text.find, records.append
+        is_complete, scan, find, append = self._is_complete, scan_once, text.find, items[0].append
         while position < size:
             end = find("\n", position)
             if end < 0:
@@ -1194,63 +1024,55 @@ class Reader:
             except (ValueError, StopIteration, RecursionError):
                 pass
             raw = data[position:end].strip(BLANK)
-            record = self._complete(raw, data, position) if raw else None
-            if type(record) is Refused:
-                if records:
-                    yield records
-                hint = " (one object per line, no commas between)" if raw[-1:] == b"," else ""
-                if self._line == 1 and (raw == b"{" or raw[:1] == b"["):
-                    hint = "; for a JSON object or array omit --ndjson"
-                record.error.args = record.error.args[0] + hint,
-                yield record
+            if raw and not self._complete(raw, data, position, items):
                 # scan() does not stop at a line's end: what is wrong could make it read on, line after line
-                records, trusted = [], False
-                append = records.append
-            elif raw:
-                append(record)
+                append, trusted = items[-1].append, False
             position = end + 1
         self._locate(data, size)
         self._counted = 0
-        if records:
-            yield records
+        return items
 
-    def _complete(self, raw, data, position):
-        """Return the completed record whose bytes are raw, or a Refused; it begins at a position of data."""
+    def _complete(self, raw, data, position, items):
+        """Add raw, which is at a position of data, to items, completed or Refused; return if it is valid."""
         try:
             event = parse_json(raw.decode("utf-8"))
             if type(event) is not dict:
                 raise InputError("not a JSON object")
             completed = complete_event(event, self._defaults, utc_timestamp(time.time()))
-            return raw if completed == event else dump_json(completed)
+            items[-1].append(raw if completed == event else dump_json(completed))
+            return True
         except UnicodeDecodeError:
-            return Refused(raw, InputError("invalid UTF-8", where=self._locate(data, position)))
+            error_class, why = InputError, "invalid UTF-8"
         except PackTrackError as error:
-            return Refused(raw, type(error)(str(error), where=self._locate(data, position)))
+            error_class, why = type(error), str(error)
+        where = self._locate(data, position)
+        if self._ndjson and self._line == 1 and (raw == b"{" or raw[:1] == b"["):
+            why += "; for a JSON object or array omit --ndjson"
+        elif self._ndjson and raw[-1:] == b",":
+            why += " (one object per line, no commas between)"
+        items += [Refused(raw, error_class(why, where=where), ends=True), []]
+        return False
 
     def _elements(self, chunks):
         """Read one object or an array; only an element that is not whole yet is held back."""
         held, boundary = bytearray(), None
         for chunk in chunks:
-            held += chunk
             if self._state == "broken":
-                yield Refused(bytes(held), None, ends=False)
-                held.clear()
+                yield Refused(chunk, None, ends=False)
                 continue
+            held += chunk
             whole = boundary is None or boundary.found(held)
             if whole or len(held) > MAX_RECORD:
-                del held[:(yield from self._whole_elements(bytes(held), final=not whole))]
+                items, used = self._whole_elements(bytes(held), final=not whole)
+                yield from items
+                del held[:used]
                 boundary = Boundary() if held else None
         if self._state != "broken":
-            yield from self._whole_elements(bytes(held), final=True)
-        if self._state == "broken":
-            yield Refused(b"", None)
+            yield from self._whole_elements(bytes(held), final=True)[0]
 
     def _whole_elements(self, data, final):
-        """Yield the elements that are whole; return how many bytes of data are done with.
-
-        final: nothing follows. One flat loop, as it runs once a record.
-        """
-        records, position, size, state, why, fault_at = [], 0, len(data), self._state, None, None
+        """Return what the whole elements hold, and how many bytes are done with. final: nothing follows."""
+        items, position, size, state, why, fault_at = [[]], 0, len(data), self._state, None, None
         text, valid = as_text(data)
         is_complete, scan, next_object = self._is_complete, scan_once, self._next_object
         while True:
@@ -1284,30 +1106,22 @@ class Reader:
                 break
             if (valid and is_complete(event)
                     and (stop - position <= SMALL or exceeded_limit(text[position:stop], event) is None)):
-                records.append(data[position:stop])
+                items[-1].append(data[position:stop])
             else:
-                record = self._complete(data[position:stop], data, position)
-                if type(record) is Refused:
-                    if records:
-                        yield records
-                    yield record
-                    records = []
-                else:
-                    records.append(record)
+                self._complete(data[position:stop], data, position, items)
             position, state = stop, "end" if self.single else "after"
-        if records:
-            yield records
         if final and state not in ("begin", "end"):
-            why = TOO_LONG if size > MAX_RECORD else why or "invalid JSON: it ends too early"
+            why = why or "invalid JSON: it ends too early"
         if why:
+            why = TOO_LONG if final and size > MAX_RECORD else why
             where = self._locate(data, position if fault_at is None else fault_at)
-            yield Refused(data[position:], InputError(why, where=where), ends=False)
+            items.append(Refused(data[position:], InputError(why, where=where), ends=False))
             position, state = size, "broken"
         elif state == "after" and position < size:
             state = "next"  # the comma is done with
         self._locate(data, position)
         self._counted, self._state = 0, state
-        return position
+        return items, position
 
 
 class Boundary:
@@ -1337,20 +1151,13 @@ class Boundary:
 
 
 def as_text(data):
-    """Return bytes as text for the JSON scanner, and whether they are UTF-8.
-
-    Every byte becomes one character, so that positions in the text are positions in the bytes. JSON's own
-    characters are all ASCII; what is shown or written anew is decoded properly.
-    """
-    try:
-        return data.decode("ascii"), True
-    except UnicodeDecodeError:
-        pass
+    """Return bytes as text for the JSON scanner, a character for each byte, and whether they are UTF-8."""
     try:
         codecs.utf_8_decode(data, "strict", False)  # False: a block's end may cut off its last character
+        valid = True
     except UnicodeDecodeError:
-        return data.decode("latin-1"), False
-    return data.decode("latin-1"), True
+        valid = False
+    return data.decode("latin-1"), valid
 
 
 def display(path, standard):
@@ -1370,40 +1177,37 @@ def reason(error):
 
 LONGEST_RETRY_AFTER, NEXT_ADDRESS, BODY_SECONDS = 60.0, 0.25, 1.0
 MOST_OF_BODY, MOST_OF_ERROR = 1 << 20, 1 << 16
-ENDS_RUN = (401, 403, 404)
 HTTP_DATES = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")
-SHORTEST_SECRET, TELLING_RUN = 6, 8
+TELLING_RUN = 8
 ESCAPES = r"(?:\\u00|\\x|%)([0-9A-Fa-f]{2})|(&#?[0-9A-Za-z]{1,12};?)|\\(.)"
-PROXY = r"(?i)(?:http://)?(?![a-z0-9+.-]*://)(?:(.*)@)?((?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?)/*"
+PROXY = (r"(?i)(?:http://)?(?![a-z0-9+.-]*://)(?:[^/:]*:?([^/\ud800-\udfff]*)@)?"
+         r"(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?")
+BAD_PROXY = ("must be http://[USER:PASSWORD@]HOST[:PORT] (value not shown): SOCKS proxies and TLS to a "
+             "proxy are not supported")
 STATUS_LINE = br"(HTTP/1\.[0-9])[ \t]+([1-9][0-9]{2})(?:[ \t]([^\n]*))?\r?\n"
 EARLY_ANSWER = br"(?m)^HTTP/1\.. +[2-9]"
-PORTS = {"http": "80", "https": "443"}
 WOULD_BLOCK = ("timeout", "TimeoutError", "BlockingIOError", "SSLWantReadError", "SSLWantWriteError")
-HTTP_FAULTS = {"LineTooLong": "sent a header that is too long", "HTTPException": "sent too many headers"}
+HTTP_FAULTS = {"LineTooLong": " sent a header that is too long", "HTTPException": " sent too many headers"}
 TLS_FAULTS = (  # what OpenSSL says, the kind of error (None: another attempt may succeed), our words
-    ("wrong version|http request|unknown protocol|packet length|record layer", None,
-     "{peer} does not speak TLS (use http://?)"),
+    ("eof", None, "{peer}: TLS connection closed"),
+    ("wrong version|unknown prot|packet len|record layer", None, "{peer} does not speak TLS (use http://?)"),
     ("unrecognized name", "tls", "{peer} has no TLS certificate for this host name: check --base-url"),
     ("certificate required", "tls", "{peer} requires a TLS client certificate, which is not supported"),
     ("handshake failure", "tls", "{peer} refused the TLS handshake (does it require a client certificate?)"),
-    ("sigalg|unsupported protocol|protocol version", "tls",
-     "{peer} supports none of the TLS versions that this Python has"),
-    ("has expired", "certificate", "TLS certificate of {host} has expired"),
-    ("match|no appropriate", "certificate", "TLS certificate of {host} is not valid for {host}"),
-    ("failed: (self.signed|unable to)", "certificate",
-     "TLS certificate of {host} not trusted: unknown issuer{roots}"),
-    ("verify failed:", "certificate", "TLS certificate of {host} not trusted: {openssl}"),
-    ("verify failed", "certificate",  # 3.6 does not say why
-     "TLS certificate of {host} not trusted: unknown issuer or expired{roots}"),
-    ("eof", None, "{peer}: TLS connection closed"),
+    ("protocol|sigalg", "tls", "{peer} supports none of the TLS versions that this Python has"),
+    ("has expired", "certificate", "{certificate} has expired"),
+    ("match|no appropriate", "certificate", "{certificate} is not valid for {host}"),
+    ("failed: (self.signed|unable to)", "certificate", "{certificate} not trusted: unknown issuer{roots}"),
+    ("verify failed:", "certificate", "{certificate} not trusted: {openssl}"),
+    ("verify failed", "certificate", "{certificate} not trusted: unknown issuer or expired{roots}"),  # 3.6
     ("", None, "{peer}: TLS: {openssl}"),
 )
 
 
 class AttemptFailed(RetriesExhaustedError):
-    """A failed attempt where another may succeed. retry_after: the seconds that were asked for, or None."""
+    """A failed attempt where another may succeed. retry_after: the seconds that were asked for, at least."""
 
-    retry_after = None
+    retry_after = 0.0
 
 
 def is_retryable(status):
@@ -1412,18 +1216,12 @@ def is_retryable(status):
 
 
 def backoff_delay(number, initial, maximum, jitter, random):
-    """Return the seconds to wait after the number-th attempt, counted from 1.
-
-    initial, maximum: seconds, before jitter. random: a function that returns a float of [0, 1).
-    """
+    """Return the seconds to wait after attempt `number`, from 1. initial, maximum: seconds before jitter."""
     return min(initial * 2.0 ** min(number - 1, 60), maximum) * (1 + jitter * (2 * random() - 1))
 
 
 def parse_retry_after(value, now):
-    """Return the seconds that a Retry-After header asks for (RFC 9110, 10.2.3), or None if it is nonsense.
-
-    value: the header's text or None. now: seconds since the epoch, by the server's clock where it is known.
-    """
+    """Return the seconds from now that a Retry-After asks for (RFC 9110, 10.2.3), or None for nonsense."""
     import calendar
 
     value = (value or "").strip(" \t")
@@ -1439,26 +1237,8 @@ def parse_retry_after(value, now):
     return None
 
 
-def redact(text, secrets):
-    """Return text with every secret cut out, also where it was escaped for JSON, HTML or a URL."""
-    for secret in (secret for secret in secrets if len(secret) >= SHORTEST_SECRET):
-        from html import escape
-        from urllib.parse import quote
-
-        raw, escaped = secret.encode("utf-8", "surrogateescape"), json.dumps(secret)[1:-1]
-        for form in (escaped, escape(secret, False), quote(raw), quote(raw, safe=""), secret):
-            text = text.replace(form, "***")
-        for size in range(len(secret) - 1, SHORTEST_SECRET - 1, -1):  # a quoted value may be cut within it
-            text = re.sub(re.escape(secret[:size]) + r'(?=\\?")', "***", text)
-    return text
-
-
 def holds_secret(text, secrets):
-    """Return whether text shows a secret's first 6 characters, or any 8 of it in a row.
-
-    The escapes of JSON, repr, HTML and URLs are undone, and base64, also one inside another. Secrets of less
-    than 6 characters are not searched for.
-    """
+    """Return whether text shows a secret's first 6 characters, or any 8 of it in a row, escaped or not."""
     from binascii import a2b_base64
     from html import unescape
 
@@ -1470,16 +1250,15 @@ def holds_secret(text, secrets):
         return "".join(filter(str.isprintable, text)).replace(" ", "")
 
     texts = {squeeze(text)}
-    for _ in range(2):
+    for _ in range(2):  # undo the escapes of JSON, repr, HTML and URLs, and base64, also one inside another
         for each in list(texts):
             runs = re.findall("[A-Za-z0-9+/]{8,}", each.replace("-", "+").replace("_", "/"))
             runs = [run[start:] + "A" * ((start - len(run)) % 4) for run in runs for start in range(4)]
             decoded = " ".join(a2b_base64(run).decode("utf-8", "ignore") for run in runs)
             texts.update(map(squeeze, (each.replace("+", ""), re.sub(ESCAPES, character, each), decoded)))
-    secrets = [squeeze(secret) for secret in secrets if len(secret) >= SHORTEST_SECRET]
-    windows = {secret[:SHORTEST_SECRET] for secret in secrets}
-    windows.update(secret[at:at + TELLING_RUN]
-                   for secret in secrets for at in range(len(secret) - TELLING_RUN + 1))
+    windows = [secret[at:at + (TELLING_RUN if at else SHORTEST_SECRET)]
+               for secret in map(squeeze, secrets) if len(secret) >= SHORTEST_SECRET
+               for at in range(max(1, len(secret) - TELLING_RUN + 1))]
     return any(window in each for each in texts for window in windows)
 
 
@@ -1487,134 +1266,116 @@ def resolve_host(host, port, left, fault):
     """Return getaddrinfo's addresses of a host. left: returns how long to wait at a time, or raises."""
     import socket
 
-    host, found = host.encode("ascii"), [MemoryError()]  # bytes: text would import the IDNA codec
+    answers, host = [], host.encode("ascii")  # bytes: text would import the IDNA codec
 
     def resolve(flags=0):
         try:
-            found[0] = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, flags)
+            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, flags)
+            answers[:] = found or [OSError("no address")]
         except Exception as error:
-            found[0] = error
+            answers[:] = [error]
 
     resolve(socket.AI_NUMERICHOST)
-    if isinstance(found[0], socket.gaierror):  # a name
-        import threading
-
-        # The resolver takes no time limit, so it is left behind in a daemon thread when its time is up.
-        thread = threading.Thread(target=resolve, daemon=True)
-        try:
-            thread.start()
+    if isinstance(answers[0], socket.gaierror):  # a name
+        try:  # the resolver takes no time limit: it is left behind in its thread when its time is up
+            ended = start_thread(resolve)
+            while not ended.acquire(True, left()):
+                pass
         except RuntimeError:  # no memory or no permission for a thread
             resolve()
-        while thread.is_alive():
-            thread.join(left())
-    if isinstance(found[0], socket.gaierror):
-        raise AttemptFailed(fault + printable(found[0].strerror or str(found[0])))
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    if isinstance(answers[0], socket.gaierror):
+        raise AttemptFailed(fault + printable(answers[0].strerror or str(answers[0])))
+    if isinstance(answers[0], Exception):
+        raise answers[0]
+    return answers
 
 
 def connect(addresses, left, clock):
-    """Return a socket connected to one of getaddrinfo's addresses, as RFC 8305 has it. Raises OSError.
-
-    The next address is tried 250 ms after the one before, or once that has failed, and families alternate.
-    """
+    """Return a socket connected to one of getaddrinfo's addresses, by RFC 8305. Raises OSError."""
+    import selectors
     import socket
 
-    families = [address[0] for address in addresses]
+    families, selector = [address[0] for address in addresses], selectors.DefaultSelector()
     order = sorted(range(len(families)), key=lambda at: families[:at].count(families[at]))
-    due, fault, pending = 0.0, OSError("no address"), []
+    sockets, due, fault = [], 0.0, None
     try:
-        while order or pending:
-            wait = min(left(), NEXT_ADDRESS / 5)
-            if order and (clock() >= due or not pending):
-                due, sock = clock() + NEXT_ADDRESS, None
+        while order or selector.get_map():
+            if order and (clock() >= due or not selector.get_map()):
+                due = clock() + NEXT_ADDRESS
                 family, kind, protocol, _, address = addresses[order.pop(0)]
                 try:
-                    sock = socket.socket(family, kind, protocol)
-                    sock.setblocking(False)
-                    sock.connect(address)
-                    pending.append(sock)
-                except BlockingIOError:
-                    pending.append(sock)
-                except OSError as error:  # no such family, no route
-                    fault = error
-                    if sock is not None:
-                        sock.close()
-                    continue
-            for sock in set().union(*select.select([], pending, pending, wait)):
-                pending.remove(sock)
+                    sockets.append(socket.socket(family, kind, protocol))
+                    sockets[-1].setblocking(False)
+                    sockets[-1].connect(address)
+                except OSError as error:
+                    if not isinstance(error, BlockingIOError):  # no such family, no route
+                        fault = error
+                        continue
+                selector.register(sockets[-1], selectors.EVENT_WRITE)
+            for sock in [key.fileobj for key, _ in selector.select(min(left(), NEXT_ADDRESS / 5))]:
                 code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    sockets.remove(sock)
                     return sock
+                selector.unregister(sock)
                 fault = OSError(code, os.strerror(code))
-                sock.close()
     finally:
-        for sock in pending:
+        selector.close()
+        for sock in sockets:
             sock.close()
     raise fault
 
 
 class Connection(io.RawIOBase):
-    """A connection to the service, kept for the next request; http.client reads from it as from a file.
+    """A connection to the service, kept for the next request; http.client reads from it as from a file."""
 
-    A socket's own timeout starts anew with each byte, so a drip or an endless run of 1xx answers would
-    outlive it; here whatever waits asks left() each time. Client makes it and sets until, the end of the
-    attempt by the clock of limits, and timeout, the seconds that messages name. open() sets peer, as messages
-    name it; prefix and headers, for requests; secrets, the proxy's. received: bytes since the last request.
-    """
-
-    def __init__(self, base_url, limits):
-        super().__init__()
-        self._base_url, self._limits = base_url, limits
-        self._socket = self._context = None
+    def __init__(self, limits, secrets):
+        self._limits, self.secrets = limits, secrets
+        self._socket = self._context = self._credentials = None
         self.peer = self._host = self._stage = ""
         self._ahead, self.ended, self.received, self.until, self.timeout = b"", False, 0, 0.0, 0.0
-        self.secrets = []
 
     def left(self):
         """Return how long to wait at a time. Raises AttemptFailed when the time is up, and as Limits does."""
+        # A socket's own timeout starts anew with each byte; `until` is the end of the attempt.
         wait, left = self._limits.left(TICK), self.until - self._limits.clock()
         if left <= 0:
             raise AttemptFailed("{}timed out after {:g}s".format(self._stage, self.timeout))
         return max(min(wait, left), 0.001)  # zero would make a socket non-blocking
 
-    def open(self):
+    def open(self, request):
         """Connect, through a proxy and with TLS where they are due; return whether it was connected."""
+        origin, is_secure = request.get_header("Host"), request.type == "https"
+        if is_secure:  # kept, as a request that is sent again has lost it
+            self._credentials = request.headers.pop("Proxy-authorization", self._credentials)
         try:
             if self._socket is not None and self._receive(0) is None:
                 return True
         except OSError:
             pass
         self.disconnect()
-        scheme, _, rest = self._base_url.partition("://")
-        origin, slash, path = rest.partition("/")
-        proxy, self.secrets = find_proxy(scheme, origin)
-        host, port = split_host(proxy, "80") if proxy else split_host(origin, PORTS[scheme])
-        name = "proxy " + host if proxy else host
+        is_proxied = request.host != origin
+        host, port = split_host(request.host, "443" if is_secure and not is_proxied else "80")
+        name = "proxy " + host if is_proxied else host
         self._host, self.peer = host.strip("[]"), name + ":" + port
         self._stage = "cannot resolve {}: ".format(name)
         addresses = resolve_host(self._host, int(port), self.left, self._stage)
-        self._stage = self.peer + ": " if proxy else ""
+        self._stage = self.peer + ": " if is_proxied else ""
         self._socket = connect(addresses, self.left, self._limits.clock)
-        basic = {"Proxy-Authorization": "Basic " + self.secrets[0]} if self.secrets else {}
-        self.prefix, self.headers = slash + path, {"Host": origin, "Accept-Encoding": "identity"}
-        if proxy and scheme == "https":
-            self._open_tunnel(*split_host(origin, PORTS[scheme]), headers=basic)
-        elif proxy:
-            self.prefix, self.headers = self._base_url, dict(self.headers, **basic)
-        if scheme == "https":
+        if is_secure and is_proxied:
+            self._open_tunnel(*split_host(origin, "443"))
+        if is_secure:
             self._start_tls()
         return False
 
-    def _open_tunnel(self, host, port, headers):
+    def _open_tunnel(self, host, port):
         target = host + ":" + port
-        self.send("CONNECT", target, dict(headers, Host=target), b"")
+        self.send("CONNECT", target, {"Host": target, "Proxy-Authorization": self._credentials}, b"")
         response = self.read_response("CONNECT")
         if not 200 <= response.status <= 299:
             message = "{} refused the tunnel: HTTP {} {}".format(
-                self.peer, response.status, quote(response.reason, self.secrets)).rstrip()
+                self.peer, response.status, self.quote(response.reason)).rstrip()
             if is_retryable(response.status):
                 raise AttemptFailed(message)
             raise RefusedError(message, status=response.status, kind="proxy", ends_run=True)
@@ -1636,8 +1397,7 @@ class Connection(io.RawIOBase):
         """Send a request; return False where the answer, or the end, came before it was all sent."""
         self._ahead, self.received, sent = b"", 0, 0
         lines = ["{} {} HTTP/1.1".format(method, target)]
-        lines += ["{}: {}".format(name, value) for name, value in headers.items()]
-        # Head and body at once: one packet is better.
+        lines += ["{}: {}".format(name, value) for name, value in headers.items() if value is not None]
         with memoryview("\r\n".join(lines + ["", ""]).encode("latin-1") + body) as view:
             while sent < len(view):
                 sent += self._call(self.left(), self._socket.send, view[sent:]) or 0
@@ -1647,13 +1407,13 @@ class Connection(io.RawIOBase):
 
     def read_response(self, method):
         """Return an HTTPResponse whose headers are read, past all 1xx but 101 (RFC 9110, 15.2)."""
-        from http.client import BadStatusLine, HTTPResponse, RemoteDisconnected
+        from http.client import BadStatusLine, HTTPResponse
 
         def read_status():  # in place of http.client's own, which takes +200, 0200 and 2_00
             line = stream.readline(65537)
             match = re.fullmatch(STATUS_LINE, line)
             if match is None:
-                raise BadStatusLine("") if line else RemoteDisconnected("connection closed without an answer")
+                raise BadStatusLine("") if line else ConnectionError("connection closed without an answer")
             version, status, words = match.groups()
             status = 100 if b"102" <= status < b"200" else int(status)  # http.client skips a 100 only
             return version.decode(), status, (words or b"").decode("latin-1")
@@ -1662,7 +1422,7 @@ class Connection(io.RawIOBase):
         stream, response._read_status = response.fp, read_status
         response.begin()
         if self.ended:  # http.client takes the end of the connection for the end of the headers
-            raise RemoteDisconnected("connection closed amid the headers")
+            raise ConnectionError("connection closed amid the headers")
         return response
 
     def failure(self, error):
@@ -1672,17 +1432,19 @@ class Connection(io.RawIOBase):
         if type(error).__module__ == "ssl":
             text, path = str(error).replace("_", " "), os.environ.get("SSL_CERT_FILE")
             kind, words = next(row[1:] for row in TLS_FAULTS if re.search(row[0], text, re.IGNORECASE))
-            roots = ". Install ca-certificates or set SSL_CERT_FILE"
-            if path:
-                roots += " (now: {}{})".format(
-                    display(path, path), "" if os.access(path, os.R_OK) else ", not readable")
+            unread = "" if path and os.access(path, os.R_OK) else ", not readable"
+            roots = ". Install ca-certificates or set SSL_CERT_FILE" + (
+                " (now: {}{})".format(display(path, path), unread) if path else "")
             openssl = printable(re.sub(r"^\[.*?\] *(certificate verify failed: )?|\( ?ssl\.c.*", "", text))
-            message = words.format(peer=self.peer, host=self._host, roots=roots, openssl=openssl)
+            message = words.format(peer=self.peer, host=self._host, roots=roots, openssl=openssl,
+                                   certificate="TLS certificate of " + self._host)
             return RefusedError(message, kind=kind, ends_run=True) if kind else AttemptFailed(message)
-        if isinstance(error, OSError):
-            return AttemptFailed("{}: {}".format(self.peer, reason(error)))
-        fault = HTTP_FAULTS.get(type(error).__name__, "sent no valid HTTP response")
-        return AttemptFailed("{} {}".format(self.peer, fault))
+        fault = HTTP_FAULTS.get(type(error).__name__, " sent no valid HTTP response")
+        return AttemptFailed(self.peer + (": " + reason(error) if isinstance(error, OSError) else fault))
+
+    def quote(self, text):
+        """Return a server's words on one line, or nothing where they show a secret."""
+        return "" if holds_secret(text, self.secrets) else printable(text)
 
     def disconnect(self):
         if self._socket is not None:
@@ -1721,58 +1483,27 @@ class Connection(io.RawIOBase):
         except OSError as error:  # by name: the classes differ by version, and ssl may not be there
             if type(error).__name__ not in WOULD_BLOCK:
                 raise
-        return None
-
-
-def find_proxy(scheme, origin):
-    """Return the "host:port" of the proxy that the environment has, or "", and its secrets.
-
-    These are the credentials in base64, and the password. Raises InvalidError, which does not quote the URL.
-    """
-    from base64 import b64encode
-    from urllib.request import getproxies, proxy_bypass, unquote
-
-    proxy = getproxies().get(scheme)
-    if not proxy or proxy_bypass(origin):
-        return "", []
-    match = re.fullmatch(PROXY, proxy)
-    if match is None or int(match.group(3) or 80) > 65535:
-        raise InvalidError("must be http://[USER:PASSWORD@]HOST[:PORT] (value not shown): SOCKS proxies and "
-                           "TLS to a proxy are not supported", where=scheme + "_proxy", ends_run=True)
-    user = unquote(match.group(1) or "")
-    basic = b64encode(user.encode("utf-8", "surrogateescape")).decode("ascii")
-    return match.group(2), [basic, user.partition(":")[2]] if user else []
-
-
-def quote(text, secrets):
-    """Return a server's words on one line, or nothing where they show a secret."""
-    return "" if holds_secret(text, secrets) else printable(text)
 
 
 class Client:
-    """Sends events over one kept connection. Delivery makes one for each of its threads; close() ends it.
+    """Sends events over one kept connection, for one thread at a time; the key goes to base_url's host only.
 
-    Only its own methods change it, and only one thread may call them at a time; several may share limits.
-
-    api_key: the key, sent to base_url's origin only. timeout: seconds of one attempt. retries: further
-    attempts after the first. backoff_initial, backoff_max: seconds between attempts, before jitter (0 to 1).
-    gzip: compress bodies. key_source: where the key came from, for messages. limits: the Limits of the run.
-    random: a function like random.random. trace: takes lines on what happens. requests, retries, bytes_sent:
-    what was sent so far.
+    timeout: an attempt's seconds. backoff_*: seconds before jitter (0 to 1). trace: is called with lines.
     """
 
     def __init__(self, api_key, base_url=BASE_URL, timeout=15.0, retries=3, backoff_initial=0.1,
                  backoff_max=2.0, jitter=0.2, user_agent=USER_AGENT, gzip=False, health_path="/api/health",
                  key_source=None, limits=None, random=None, trace=None):
-        self._headers = {"X-PackTrack-Key": checked(parse_header, "api_key", api_key),
+        self.base_url = checked(parse_base_url, "base_url", base_url)
+        self._headers = {"Host": self.base_url.split("/")[2], "Accept-Encoding": "identity",
+                         "X-PackTrack-Key": checked(parse_header, "api_key", api_key),
                          "User-Agent": checked(parse_header, "user_agent", user_agent)}
         self._health_path = checked(parse_path, "health_path", health_path)
-        self.base_url = checked(parse_base_url, "base_url", base_url)
         self.requests = self.retries = self.bytes_sent = 0
         self._timeout, self._attempts, self._limits = timeout, retries + 1, limits or Limits()
         self._backoff, self._random, self._gzip = (backoff_initial, backoff_max, jitter), random, gzip
-        self._api_key, self._key_source, self._trace = api_key, key_source, trace or (lambda line: None)
-        self._connection = Connection(self.base_url, self._limits)
+        self._key_source, self._trace, self._proxy = key_source, trace or (lambda line: None), None
+        self._connection = Connection(self._limits, [api_key])
 
     def ingest_event(self, event, idempotency_key=None):
         """Deliver one event (a dict; a missing timestamp is now). Raises PackTrackError's subclasses."""
@@ -1789,11 +1520,7 @@ class Client:
         self._attempt("GET", self._health_path, {}, b"")
 
     def send(self, body, idempotency_key=None):
-        """Deliver a body, the bytes of an event's or an array's JSON, with retries and waits.
-
-        idempotency_key: a header's value; "auto" is the body's SHA-256. Raises RefusedError,
-        RetriesExhaustedError, InvalidError (a proxy that cannot be used).
-        """
+        """Deliver the bytes of JSON, with retries; the key "auto" is their SHA-256. Raises as the others."""
         headers = {"Content-Type": "application/json"}
         if idempotency_key:
             key = sha256(body) if idempotency_key == "auto" else idempotency_key
@@ -1805,56 +1532,60 @@ class Client:
             packer = zlib.compressobj(6, zlib.DEFLATED, 31)  # 31: as gzip, whose date zlib leaves at zero
             body = packer.compress(body) + packer.flush()
         headers["Content-Length"] = len(body)
-        number, outcome = 0, None
-        while not isinstance(outcome, str):
-            number, started = number + 1, self._limits.clock()
+        for number in range(1, self._attempts + 1):
+            started = self._limits.clock()
             try:
                 outcome = self._attempt("POST", "/api/ingest", headers, body)
             except (AttemptFailed, RefusedError) as error:
                 outcome = error
             self._trace("attempt {}/{}: {} ({:.0f} ms)".format(
                 number, self._attempts, outcome, (self._limits.clock() - started) * 1000))
+            if isinstance(outcome, str):
+                return
             if isinstance(outcome, RefusedError):
                 raise outcome
-            if isinstance(outcome, AttemptFailed):
-                self._wait(number, outcome)
+            self._wait(number, outcome)
 
     def _wait(self, number, failed):
         """Wait before the next attempt, or raise RetriesExhaustedError where there is none."""
         from random import random
 
-        fault, kind, at_least = str(failed), None, failed.retry_after or 0.0
-        delay = max(at_least, backoff_delay(number, *self._backoff, random=self._random or random))
-        asked = "" if failed.retry_after is None else "; Retry-After is {:.0f} s".format(at_least)
-        if number >= self._attempts:
-            fault += ", after {} attempt{}".format(number, "" if number == 1 else "s")
-        elif at_least > LONGEST_RETRY_AFTER:
-            fault += "{} (limit {:.0f} s)".format(asked, LONGEST_RETRY_AFTER)
+        least, kind = failed.retry_after, None
+        delay = max(least, backoff_delay(number, *self._backoff, random=self._random or random))
+        asked = "; Retry-After is {:.0f} s".format(least) if least else ""
+        if number == self._attempts:
+            why = ", after {} attempt{}".format(number, "" if number == 1 else "s")
+        elif least > LONGEST_RETRY_AFTER:
+            why = asked + " (limit {:.0f} s)".format(LONGEST_RETRY_AFTER)
         elif self._limits.left(delay) < delay:
-            fault, kind = fault + asked + "; no time left for another attempt before --deadline", "deadline"
+            why, kind = asked + "; no time left for another attempt before --deadline", "deadline"
         else:
             self._trace("retrying in {:.0f} ms".format(delay * 1000))
             self._limits.sleep(delay)
             self.retries += 1
             return
-        raise RetriesExhaustedError(fault, status=failed.status, kind=kind)
+        raise RetriesExhaustedError(str(failed) + why, status=failed.status, kind=kind)
 
     def _attempt(self, method, path, headers, body):
         """Send a request; return its status, a 2xx, in words. Raises RefusedError and AttemptFailed."""
-        from http.client import HTTPException, RemoteDisconnected
+        from http.client import HTTPException
+        from urllib.request import Request
 
         faults = OSError, HTTPException, ValueError  # ValueError: CertificateError on 3.6
         connection, clock, kept, answer = self._connection, self._limits.clock, False, b""
         connection.until, connection.timeout = clock() + self._timeout, self._timeout
+        request = Request(self.base_url + path, body, method=method)
+        request.headers.update(self._headers, **headers)
+        self._use_proxy(request)
         try:
-            response = self._exchange(method, path, headers, body)
+            response = self._exchange(request)
             ok = 200 <= response.status <= 299
             connection.until, connection.timeout = min(connection.until, clock() + BODY_SECONDS), BODY_SECONDS
             try:
                 answer = response.read(MOST_OF_BODY if ok else MOST_OF_ERROR)
                 kept = ok and response.isclosed() and not response.will_close  # read to its end
                 if response.length and connection.ended:
-                    raise RemoteDisconnected("connection closed amid the body")
+                    raise ConnectionError("connection closed amid the body")
             except faults + (RetriesExhaustedError, Interrupted) as error:  # the status stands
                 self._trace("the response body broke off: {}".format(connection.failure(error)))
         except faults as error:
@@ -1866,15 +1597,29 @@ class Client:
             raise self._rejection(response, answer, path)
         return "HTTP {}".format(response.status)
 
-    def _exchange(self, method, path, headers, body):
+    def _use_proxy(self, request):
+        """Have urllib direct a request to the environment's proxy, if there is one. Raises InvalidError."""
+        from urllib import request as urllib
+
+        if self._proxy is None:
+            proxies = {} if urllib.proxy_bypass(request.host) else urllib.getproxies()
+            proxy = proxies.get(request.type, "").rstrip("/")
+            match = re.fullmatch(PROXY, proxy)
+            if proxy and (match is None or int(match.group(2) or 80) > 65535):
+                raise InvalidError(BAD_PROXY, where=request.type + "_proxy", ends_run=True)
+            self._connection.secrets.append(urllib.unquote(match and match.group(1) or ""))
+            self._proxy = proxy
+        if self._proxy:
+            urllib.ProxyHandler({}).proxy_open(request, self._proxy, request.type)
+
+    def _exchange(self, request):
         """Send a request over the kept connection or a new one; return the response, its headers read."""
-        connection, sent = self._connection, False
-        kept = connection.open()
+        connection, sent, method = self._connection, False, request.get_method()
+        kept = connection.open(request)
         self.requests += 1
         try:
-            headers = dict(connection.headers, **dict(self._headers, **headers))
-            sent = connection.send(method, connection.prefix + path, headers, body)
-            self.bytes_sent += len(body) if sent else 0
+            sent = connection.send(method, request.selector, request.headers, request.data)
+            self.bytes_sent += len(request.data) if sent else 0
         except OSError:
             pass  # an answer may have come all the same, such as 413, or a TLS alert
         try:
@@ -1884,7 +1629,7 @@ class Client:
                 raise
             # Closed by the server just when it was used again: nothing was wrong with the request.
             connection.disconnect()
-            return self._exchange(method, path, headers, body)
+            return self._exchange(request)
         if not sent and 200 <= response.status <= 299:
             raise AttemptFailed("{} answered HTTP {} before it had the whole request".format(
                 connection.peer, response.status))
@@ -1892,17 +1637,14 @@ class Client:
 
     def _rejection(self, response, body, path):
         """Return the RefusedError or AttemptFailed of a status that is not a 2xx."""
-        secrets, text = [self._api_key] + self._connection.secrets, body.decode("utf-8", "replace")
-        status, location = response.status, response.getheader("Location")
-        message = "HTTP {} {}".format(status, quote(response.reason, secrets)).rstrip()
-        words, hint = quote(text, secrets), ""
-        kind = response.getheader("Content-Type", "text/")
-        if re.match(r"<|{}$|\[\]$", words) or "\0" in text or not re.match("(?i)text/(?!html)|.*json", kind):
-            words = ""
+        quote, status, location = self._connection.quote, response.status, response.getheader("Location")
+        text, kind = body.decode("utf-8", "replace"), response.getheader("Content-Type", "text/")
+        message = "HTTP {} {}".format(status, quote(response.reason)).rstrip()
+        is_text = re.match("(?i)text/(?!html)|.*json", kind) and "\0" not in text
+        words, hint = quote(text) if is_text and not re.match(r"<|{}$|\[\]$", printable(text)) else "", ""
         if 300 <= status <= 399 and location:
-            location = quote(location, secrets) or "another address"
-            message, words = "HTTP {} redirects to {}".format(status, location), ""
-            hint = "set --base-url to the new address (redirects are not followed)"
+            message = "HTTP {} redirects to {}".format(status, quote(location) or "another address")
+            words, hint = "", "set --base-url to the new address (redirects are not followed)"
         elif status in (401, 403):
             hint = "check the API key" + (" (from {})".format(self._key_source) if self._key_source else "")
         elif status in (404, 405):
@@ -1912,10 +1654,10 @@ class Client:
         message += ': "{}"'.format(words) if words else ""
         message += ("; " if words else ": ") + hint if hint else ""
         if not is_retryable(status):
-            return RefusedError(message, status=status, ends_run=status in ENDS_RUN)
+            return RefusedError(message, status=status, ends_run=status in (401, 403, 404))
         failed = AttemptFailed(message, status=status)
         now = parse_retry_after(response.getheader("Date"), 0) or time.time()
-        failed.retry_after = parse_retry_after(response.getheader("Retry-After"), now)
+        failed.retry_after = parse_retry_after(response.getheader("Retry-After"), now) or 0.0
         return failed
 
     def close(self):
@@ -1943,90 +1685,70 @@ def json_array(records):
     return b"[" + b",".join(records) + b"]"
 # ---- Delivery: the chain from records to batches, and the one account --------------------------------------
 
-HELD_IN_MEMORY = 16 << 20
-QUEUE_ITEMS = 32
-MOST_RANGES = 100
-# Which exit code stands where several would be right.
-PRECEDENCE = (2, 3, 4, 1)
+HELD_IN_MEMORY, QUEUE_ITEMS, MOST_RANGES = 16 << 20, 32, 100
 
 
-def accept_valid(reader, delivery, streams, keeps_rest):
-    """Yield (number of the first, records) of what a Reader finds valid, and account for all of it.
-
-    streams: a refused record ends the reading, and not the sending. keeps_rest: what follows a refused record
-    is read too, since it has to be kept.
-    """
+def accept_valid(reader, delivery):
+    """Yield (number of the first, records) of what a Reader finds valid, and account for all of it."""
     try:
         for item in reader.records():
             delivery.single = reader.single
             if type(item) is list:
-                yield delivery.count_read(item), item
-                if streams and delivery.ended is not None:
+                delivery.read += len(item)
+                delivery.reporter.progress(delivery)
+                yield delivery.read - len(item) + 1, item
+                if delivery.streams and delivery.ended is not None:
                     return
-                continue
-            saves = delivery.keep_going or streams or keeps_rest
-            delivery.refuse(item, saves, ends=not (delivery.keep_going or streams))
-            if not (delivery.keep_going or keeps_rest and not streams):
+            elif not delivery.refuse(item):
                 return
     except PackTrackError as error:
-        delivery.note(error, ends=error.ends_run or not (delivery.keep_going or streams))
+        delivery.note(error, ends=error.ends_run or not (delivery.keep_going or delivery.streams))
     except Interrupted:
-        if not streams:  # else what was read is sent
+        if not delivery.streams:  # else what was read is sent
             delivery.stop()
 
 
-def keep_until_valid(runs, delivery, keeps_rest, name):
-    """Hold (number, records) back until the last one is valid; then yield them all.
-
-    Up to 16 MiB are held in memory, more in an unnamed temporary file. Where the run has ended, nothing is
-    yielded, or with keeps_rest everything, to be saved. name: of the input.
-    """
-    held, end, left_over = io.BytesIO(), 0, ()
+def keep_until_valid(runs, delivery, name):
+    """Hold (number, records) back, in memory or a temporary file, until all are valid; then yield them."""
+    held, end, left_over = io.BytesIO(), 0, []
     try:
         for number, records in runs:
-            left_over = ((number, records),)
             data = b"\0".join(records)  # no JSON text holds a NUL
-            if end + len(data) > HELD_IN_MEMORY and type(held) is io.BytesIO:
-                from tempfile import TemporaryFile
+            data = number.to_bytes(8, "little") + len(data).to_bytes(8, "little") + data
+            if end + len(data) <= HELD_IN_MEMORY:
+                held.write(data)
+            else:
+                if type(held) is io.BytesIO:
+                    from tempfile import TemporaryFile
 
-                file = TemporaryFile(buffering=0)
-                write_fully(file, held.getbuffer())
-                held = file
-            write_fully(held, number.to_bytes(8, "little") + len(data).to_bytes(8, "little") + data)
-            end, left_over = held.tell(), ()
+                    file = TemporaryFile(buffering=0)
+                    write_all(file.fileno(), held.getbuffer())
+                    held = file
+                write_all(held.fileno(), data)
+            end = held.tell()
     except OSError as error:
         why = "no writable temporary directory" if isinstance(error, FileNotFoundError) else reason(error)
         why = "cannot buffer {}: {} (set TMPDIR, or stream with --async)".format(name, why)
-        delivery.note(InputError(why), ends=True)
+        delivery.note(InputError(why))
+        left_over = [(number, records)]
     delivery.total = delivery.read - delivery.invalid
     with held:
-        if delivery.ended is not None and not keeps_rest:
+        if delivery.ended is not None and not delivery.keeps_rest:  # with it all is yielded, to be saved
             return
         held.seek(0)
         while held.tell() < end:
             number, size = (int.from_bytes(held.read(8), "little") for _ in range(2))
             yield number, held.read(size).split(b"\0")
-        yield from left_over  # nothing, unless there was no room for it
+        yield from left_over
         yield from runs
 
 
-def write_fully(file, data):
-    """Write bytes to an unbuffered file, which may take them in parts."""
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view):]
-
-
 def read_ahead(runs, delivery, limits, capacity, interval, flushes):
-    """Yield (number, records) that a thread reads, at most `capacity` records ahead (--async).
-
-    Yields None when what was yielded since the last None should wait no longer: the first of it came `interval`
-    seconds ago. flushes: whether to send what is queued when the input ends.
-    """
+    """Yield (number, records) that a thread reads up to `capacity` ahead; None each `interval` seconds."""
     import queue
 
     size = max(1, capacity // QUEUE_ITEMS)
-    ahead, finished, oldest = queue.Queue(capacity // size), [], None
+    ahead, finished, oldest, item = queue.Queue(capacity // size), [], None, ()
 
     def read():
         try:
@@ -2034,7 +1756,7 @@ def read_ahead(runs, delivery, limits, capacity, interval, flushes):
                 for start in range(0, len(records), size):
                     ahead.put((limits.clock(), number + start, records[start:start + size]))
         except Exception as error:  # nobody else would hear of it
-            delivery.note(internal_error(error), ends=True)
+            delivery.note(as_error(error))
         finally:
             finished.append(True)
             ahead.put(None)
@@ -2042,9 +1764,8 @@ def read_ahead(runs, delivery, limits, capacity, interval, flushes):
     try:
         start_thread(read)
     except RuntimeError:
-        delivery.note(InputError("cannot start a thread: out of memory or processes"), ends=True)
-        finished.append(True)
-    item = ()
+        delivery.note(InputError("cannot start a thread: out of memory or processes"))
+        return
     while item is not None:
         limits.over = delivery.ended is not None
         due = limits.clock() + TICK if oldest is None else oldest + interval
@@ -2052,7 +1773,7 @@ def read_ahead(runs, delivery, limits, capacity, interval, flushes):
             item = ahead.get(timeout=min(TICK, max(0.0, due - limits.clock())))
         except queue.Empty:
             item = None if finished and ahead.empty() else ()
-        if finished and not (flushes or delivery.errors or limits.signals):
+        if finished and not (flushes or delivery.errors or limits.signals):  # --no-flush
             delivery.stop()
         if item:
             oldest = oldest or item[0]
@@ -2063,28 +1784,20 @@ def read_ahead(runs, delivery, limits, capacity, interval, flushes):
 
 
 def cut_batches(runs, size, limit):
-    """Yield batches, (records, their numbers), of at most `size` records and `limit` bytes of body.
-
-    runs: (number of the first, records), or None where what is there is to go out. A larger record goes alone.
-    """
+    """Yield (records, their numbers) of at most `size` records and `limit` bytes; a larger record alone."""
     batch, numbers, used = [], [], 1
     for run in runs:
-        number, records = run or (0, [])
+        number, records = run or (0, [])  # None: what is there is to be sent
         position = 0
         while position < len(records) or run is None and batch:
-            part = records[position:position + min(size - len(batch), 1000)]
-            length = sum(map(len, part)) + len(part)
-            if used + length > limit:  # count out what fits
-                count = length = 0
-                while used + length + len(part[count]) + 1 <= limit:
-                    length += len(part[count]) + 1
-                    count += 1
-                part = part[:count or (not batch)]
-                length = length or limit
+            part = records[position:position + min(size - len(batch), 100)]
+            used, full = used + sum(map(len, part)) + len(part), run is None
+            while used > limit and len(batch) + len(part) > 1:
+                used, full = used - len(part.pop()) - 1, True
             batch += part
             numbers += range(number + position, number + position + len(part))
-            position, used = position + len(part), used + length
-            if len(batch) >= size or used >= limit or run is None:
+            position += len(part)
+            if full or len(batch) >= size or used >= limit:
                 yield batch, numbers
                 batch, numbers, used = [], [], 1
     if batch:
@@ -2092,24 +1805,25 @@ def cut_batches(runs, size, limit):
 
 
 def join_ranges(ranges):
-    """Return ranges of numbers, [[first, last], ...], sorted, and those that adjoin made one."""
+    """Return the first of the ranges of numbers, [[first, last], ...], sorted, those that adjoin made one."""
     joined = []
     for first, last in sorted(ranges):
         if joined and joined[-1][1] >= first - 1:
             joined[-1][1] = max(last, joined[-1][1])
         else:
             joined.append([first, last])
-    return joined
+    return joined[:MOST_RANGES]
 
 
 def describe_ranges(ranges):
     """Return the words for the numbers of records: "record 3", "records 1-100, 103"."""
     text = ", ".join("{}-{}".format(*pair) if pair[0] < pair[1] else str(pair[0]) for pair in ranges[:10])
-    return "record{} {}{}".format("" if text.isdigit() else "s", text, " and more" if len(ranges) > 10 else "")
+    text += " and more" if len(ranges) > 10 else ""
+    return "record{} {}".format("" if text.isdigit() else "s", text)
 
 
 def send_batches(batches, delivery):
-    """Send an iterator's Batches over the clients of a Delivery at once; this thread works for the first."""
+    """Send an iterator's batches over the clients of a Delivery at once; this thread works for the first."""
     lock, ended, clients = _thread.allocate_lock(), [], delivery.clients or [None]
 
     def work(client):
@@ -2121,7 +1835,7 @@ def send_batches(batches, delivery):
                     return
                 delivery.send(batch, client)
             except Exception as error:  # such as no memory
-                delivery.note(internal_error(error), ends=True)
+                delivery.note(as_error(error))
 
     try:
         for client in clients[1:]:
@@ -2135,76 +1849,52 @@ def send_batches(batches, delivery):
 
 
 class Delivery:
-    """Sends batches and accounts for each record: read = delivered + undelivered + invalid.
-
-    Made by main for a run; the threads of the chain change it through its methods only. clients: those that
-    send. output: the Appender of --output, which takes the batches instead, or None. undelivered_file: an
-    Appender, or None. probe: called with a client and the reporter before the first batch. reporter: takes
-    progress, and failures that do not end the run.
-
-    single: the input is one object, and goes out as one. total: how many records the run has in all; None
-    where it streams. errors: {exit code: the first error}. ended: what ended the run, or None. kept, unkept:
-    how many records undelivered_file took, and could not take. ranges: the numbers of the undelivered.
-    """
+    """Sends batches and accounts for each record: read = delivered + undelivered + invalid. Made by main."""
 
     def __init__(self, limits, reporter, clients=(), output=None, undelivered_file=None, keep_going=False,
-                 idempotency_key=None, probe=None):
+                 idempotency_key=None, probes=False):
         self.clients, self.output, self.undelivered_file = clients, output, undelivered_file
-        self.keep_going, self._key, self._probe = keep_going, idempotency_key, probe
-        self._limits, self._reporter, self._lock = limits, reporter, _thread.RLock()
-        self.single, self.total, self._line_ended = False, None, True
-        self.read = self.delivered = self.undelivered = self.invalid = self.kept = self.unkept = 0
-        self.errors, self.ended, self.ranges, self.unkept_why = {}, None, [], ""
+        self.keep_going, self._key, self._probes = keep_going, idempotency_key, probes
+        self._limits, self.reporter, self._lock = limits, reporter, _thread.RLock()
+        self.streams = self.keeps_rest = False  # an invalid record only ends the reading, or not even that
+        self.single, self.total = False, None  # whether the input is one object; the valid records, if known
+        self.read = self.delivered = self.undelivered = self.invalid = 0
+        self.errors, self.error, self.ended = {}, None, None  # by exit code; what stands; what ended the run
+        self.ranges = []  # the numbers of the undelivered
+        self.kept, self.unkept, self.unkept_why, self._line_ended = 0, 0, "", True  # of undelivered_file
 
-    @property
-    def error(self):
-        """The error whose exit code stands, or None."""
-        return next((self.errors[code] for code in PRECEDENCE if code in self.errors), None)
-
-    def sum(self, name):
-        """Return the sum of a count of the clients: requests, retries or bytes_sent."""
-        return sum(getattr(client, name) for client in self.clients)
-
-    def count_read(self, records):
-        """Count records as read; return the number of the first of them."""
+    def refuse(self, refused):
+        """Account for a Refused; return whether to read on."""
+        reads_on, begins = self.keep_going or self.keeps_rest, refused.error is not None
         with self._lock:
-            self.read += len(records)
-            self._reporter.progress(self)
-            return self.read - len(records) + 1
-
-    def refuse(self, refused, saves, ends):
-        """Account for a Refused. saves: whether it is to be kept. ends: whether nothing is to be sent."""
-        with self._lock:
-            if refused.error is not None:
+            if begins:
                 self.read, self.invalid = self.read + 1, self.invalid + 1
-                self.note(refused.error, ends, warns=self.keep_going)
-            if saves and refused.ends and refused.error is not None:
-                self.keep(json_lines([refused.raw]), 1)
-            elif saves:
-                self.keep(refused.raw + b"\n" * refused.ends, int(refused.ends), refused.error is None)
+                self.note(refused.error, not (self.keep_going or self.streams), warns=self.keep_going)
+            if reads_on or self.streams:
+                self.keep(json_lines([refused.raw]) if refused.ends else refused.raw, int(begins), begins)
+        return reads_on
 
     def send(self, batch, client=None):
-        """Deliver (records, numbers), in halves if the server finds them too large; account for all of them."""
+        """Deliver (records, numbers), in halves if the server finds them too large; account for them all."""
         parts = [batch]
         while parts:
             records, numbers = parts.pop()
-            ended, half = self.ended, len(records) // 2
-            error = ended or self._attempt(records, numbers, client)
+            error, half = self.ended or self._attempt(records, numbers, client), len(records) // 2
             with self._lock:
                 if error is None:
                     self.delivered += len(records)
-                elif error.status == 413 and half and error is not ended:
+                elif error.status == 413 and half and error is not self.ended:
                     parts += [(records[half:], numbers[half:]), (records[:half], numbers[:half])]
                 else:
-                    if error is not ended and error is not self.ended:
+                    if error is not self.ended:
                         if self.read > 1 and not error.where:
                             error.where = describe_ranges([[numbers[0], numbers[-1]]])
                         ends = not self.keep_going or error.ends_run
                         self.note(error, ends, warns=not ends)
                     self.undelivered += len(records)
-                    self._add_ranges([[number, number] for number in numbers])
+                    self.ranges = join_ranges(self.ranges + [[number, number] for number in numbers])
                     self.keep(json_lines(records), len(records))
-            self._reporter.progress(self)
+            self.reporter.progress(self)
 
     def _attempt(self, records, numbers, client):
         """Send a batch; return the error, or None."""
@@ -2214,22 +1904,19 @@ class Delivery:
                 self.output.append(json_lines(records))
                 return None
             with self._lock:
-                probe, self._probe = self._probe, None
-            if probe is not None:
-                probe(client, self._reporter)
+                probes, self._probes = self._probes, False
+            if probes:
+                check_health(client, self.reporter)
             body, key = records[0] if self.single else json_array(records), self._key
             if key and key != "auto" and len(records) != self.total:
                 key = "{}-{}-{}-{}".format(key, numbers[0], numbers[-1], sha256(body)[:8])
-            if self._reporter.verbose:
-                self._reporter.log("{}: {} bytes to {}".format(
-                    describe_ranges([[numbers[0], numbers[-1]]]), len(body), client.base_url))
+            self.reporter.trace("{}: {} bytes to {}".format(
+                describe_ranges([[numbers[0], numbers[-1]]]), len(body), client.base_url))
             client.send(body, key)
-        except PackTrackError as error:
-            return error
         except Interrupted:
             return self.stop()
         except Exception as error:  # a fault of this program's must not lose count of the records
-            return internal_error(error)
+            return as_error(error)
 
     def stop(self):
         """End the run without an error: a signal came, or the rest is abandoned. Return what ended it."""
@@ -2237,7 +1924,7 @@ class Delivery:
             self.ended = self.ended or PackTrackError("interrupted", kind="interrupted")
             return self.ended
 
-    def note(self, error, ends=False, warns=False):
+    def note(self, error, ends=True, warns=False):
         """Note an error. ends: whether nothing more is to be sent. warns: whether to log it at once."""
         with self._lock:
             if self.keep_going or self.ended is None or self.ended.kind == "interrupted":
@@ -2245,17 +1932,14 @@ class Delivery:
             if ends:
                 self.ended = self.ended or error
             if warns:
-                self._reporter.warn(str(error))
+                self.reporter.warn(str(error))
 
-    def keep(self, data, count, continues=False):
-        """Append bytes, which end `count` records, to the file of the undelivered.
-
-        continues: they go on where the last ones ended; all others begin a line.
-        """
+    def keep(self, data, count, begins=True):
+        """Save bytes, in which `count` records begin. begins: on a new line, not behind the last bytes."""
         if self.undelivered_file is None:
             return
         try:
-            self.undelivered_file.append(data if continues or self._line_ended else b"\n" + data)
+            self.undelivered_file.append(b"\n" + data if begins and not self._line_ended else data)
             self._line_ended = data.endswith(b"\n")
             self.kept += count
         except (InputError, Interrupted) as error:
@@ -2265,46 +1949,38 @@ class Delivery:
 
     def finish(self):
         """Count as undelivered what was read and is otherwise not accounted for, and close what is open."""
-        first = self.delivered + self.undelivered + 1
-        rest = self.read - self.invalid - first + 1
-        if rest > 0:
-            self.undelivered += rest
+        first, last = self.delivered + self.undelivered + 1, self.read - self.invalid
+        if last >= first:
+            self.undelivered += last - first + 1
             if not self.invalid:  # else their numbers are not known
-                self._add_ranges([[first, first + rest - 1]])
+                self.ranges = join_ranges(self.ranges + [[first, last]])
         if not self._line_ended:
-            self.keep(b"\n", 1, continues=True)
-        for closes in (self.output, self.undelivered_file) + tuple(self.clients):
-            if closes is not None:
-                closes.close()
-
-    def _add_ranges(self, ranges):
-        self.ranges = join_ranges(self.ranges + ranges)[:MOST_RANGES]
+            self.keep(b"", 0)
+        self.error = next((self.errors[code] for code in (2, 3, 4, 1) if code in self.errors), None)
+        for client in self.clients:
+            client.close()
 
 
 class Appender:
-    """Appends to a file, whole, also where several processes do so; the file is made when it is needed.
+    """Appends to the file of --output or --undelivered (saving), whole, also where other processes do so."""
 
-    Made by main for --output and --undelivered. path: "-" is standard output. mode: of a new file. limits:
-    for waiting for a lock, a reader or room in a pipe. saving: whether these are Limits.saving()'s. Raises
-    InputError where the file cannot be written.
-    """
-
-    def __init__(self, path, mode, limits, saving=False):
-        self._path, self._mode, self._limits, self._saving = path, mode, limits, saving
-        self._descriptor, self._patience = None, LONGEST_SAVING
+    def __init__(self, path, where, limits, source, saving):
+        self._path, self._limits, self._saving, self._patience = path, limits, saving, LONGEST_SAVING
+        self._kept = 1 if path == "-" else None  # a descriptor that stays open
         self.name, parent = display(path, "standard output"), os.path.dirname(path) or "."
-        exists = path == "-" or os.path.exists(path)
-        for fails, why in (
-                (path == "-" and sys.stdout is None, "it is closed"),
-                (os.path.isdir(path), "it is a directory"),
-                (not (exists or os.path.isdir(parent)), "its directory does not exist"),
-                (not (exists or os.access(parent, os.W_OK | os.X_OK)), "its directory is not writable"),
-                (path != "-" and exists and not os.access(path, os.W_OK), "it is not writable")):
-            if fails:
-                raise InputError("cannot write {}: {}".format(self.name, why))
+        writable = os.access(path, os.W_OK) if os.path.exists(path) else os.access(parent, os.W_OK | os.X_OK)
+        why = ("it is closed" if path == "-" and sys.stdout is None else
+               "it is a directory" if os.path.isdir(path) else
+               "its directory does not exist" if not os.path.isdir(parent) else
+               "permission denied" if path != "-" and not writable else None)
+        if why:
+            why = "cannot write {}: {}".format(self.name, why)
+            raise (InvalidError if saving else InputError)(why, where=where)
+        if source is not None and source.is_file and self._is_file(source.identity):
+            raise InvalidError("is the input itself; name another file", where=where)
 
     def append(self, data):
-        """Append bytes; a write that fails leaves none of them in a regular file."""
+        """Append bytes; a write that fails leaves none of them in a regular file. Raises InputError."""
         limits = self._limits.saving(self._patience) if self._saving else self._limits
         try:
             descriptor, size = self._open(limits)
@@ -2317,76 +1993,61 @@ class Appender:
             finally:
                 if size is not None:
                     os.close(descriptor)
-        except (OSError, ValueError) as error:
-            raise InputError("cannot write {}: {}".format(self.name, reason(error)), ends_run=True)
-        except RetriesExhaustedError:
-            if not self._saving:
-                raise
-            self._patience = 0.0  # the next ones do not wait anew
-            raise InputError("cannot write {}: locked, or nobody reads it".format(self.name), ends_run=True)
+        except (OSError, ValueError, RetriesExhaustedError) as error:
+            why = reason(error)
+            if isinstance(error, RetriesExhaustedError):
+                if not self._saving:
+                    raise
+                self._patience, why = 0.0, "locked, or nobody reads it"  # the next ones do not wait anew
+            raise InputError("cannot write {}: {}".format(self.name, why), ends_run=True)
 
     def _open(self, limits):
         """Return a descriptor, and the size of what is a locked regular file, to be closed; else None."""
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", getattr(os, "O_NONBLOCK", 0))
-        if self._path == "-":
-            self._descriptor = 1
-        while self._descriptor is None:
+        while self._kept is None:
             try:
-                descriptor = os.open(self._path, flags, self._mode)
+                descriptor = os.open(self._path, flags, 0o600 if self._saving else 0o666)
             except OSError as error:
                 if error.errno != errno.ENXIO:  # a FIFO that nobody reads yet
                     raise
-                limits.sleep(TICK)
-                continue
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                self._descriptor = descriptor  # whoever reads it takes a close for the end
-                break
-            try:
-                lock_file(descriptor, limits)
-                state = os.fstat(descriptor)
-                if self.is_file(state):  # while we waited for the lock, it may have been moved away
-                    return descriptor, state.st_size
+            else:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    self._kept = descriptor  # whoever reads it takes a close for the end
+                    break
+                if lock_file(descriptor) and self._is_file(os.fstat(descriptor)):  # not moved away meanwhile
+                    return descriptor, os.fstat(descriptor).st_size
                 os.close(descriptor)
-            except BaseException:
-                os.close(descriptor)
-                raise
-        return self._descriptor, None
+            limits.sleep(0.005)
+        return self._kept, None
 
-    def is_file(self, identity):
+    def _is_file(self, identity):
         """Tell whether this is the regular file of these fstat results."""
         try:
-            named = os.fstat(1) if self._path == "-" else os.stat(self._path)
+            return os.path.samestat(os.stat(1 if self._path == "-" else self._path), identity)
         except OSError:
             return False
-        return (named.st_dev, named.st_ino) == (identity.st_dev, identity.st_ino)
-
-    def close(self):
-        if self._descriptor not in (None, 1):
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
-def lock_file(descriptor, limits):
-    """Lock an open file against our other processes until it is closed. Raises as Limits.check()."""
-    while True:
-        try:
-            try:
-                import fcntl
+def lock_file(descriptor):
+    """Lock an open file against our other processes until it is closed; return whether nobody else has."""
+    try:
+        if os.name == "nt":
+            import msvcrt  # on Windows a lock is on bytes from the current position on
 
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:  # Windows, where a lock is on bytes from the current position on
-                import msvcrt
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-                os.lseek(descriptor, 0, os.SEEK_SET)
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            return
-        except (BlockingIOError, PermissionError):  # the latter is what Windows says of a lock that is taken
-            limits.sleep(0.005)
-        except OSError:  # a file system without locks
-            return
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter is what Windows says of a lock that is taken
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
-def write_all(descriptor, data, limits):
+def write_all(descriptor, data, limits=None):
     """Write bytes; into what may block, such as a pipe, where there is room. Raises as Limits.check()."""
     data, blocks = memoryview(data), not stat.S_ISREG(os.fstat(descriptor).st_mode)
     most = getattr(select, "PIPE_BUF", 512) if blocks else len(data)  # so much fits where poll() sees room
@@ -2408,224 +2069,142 @@ def json_lines(records):
 
 # ---- The command runner: a command, then an event on its end; the command runs as if it were alone ---------
 
-COMMAND_DELIVERY = 30.0
-HURRIED_DELIVERY = 5.0
-KILL_AFTER = 5.0
+COMMAND_DELIVERY, HURRIED_DELIVERY, KILL_AFTER, FOREVER = 30.0, 5.0, 5.0, 1e9  # seconds
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND = 124, 126, 127
 PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM")
 
 
-class CommandResult:
-    """How a command (a list) ended. run_command() makes it, and fills it in when the command has ended.
+def run_command(settings, hurry):
+    """Run the command with our own streams and descriptors; `hurry` handles signals from its end on.
 
-    exit_code: what ours is then. signal: the name of the signal that ended the command, or None. failure: why
-    it could not be started, or None.
+    Return our exit code, the signal that ended it or 0, why it could not be run or None, and its event.
     """
-
-    def __init__(self, command):
-        self.name = display(os.path.basename(command[0]) or command[0], "-") or "''"
-        self.started_at, self._started, self._seconds = utc_timestamp(time.time()), time.monotonic(), 0.0
-        self.exit_code, self.timed_out, self.signal, self.failure = None, False, None, None
-
-    def not_started(self, error):
-        self.exit_code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-        self.failure = reason(error)
-
-    def ended(self, returncode, timed_out):
-        """Note how the command ended; returncode is negative for a signal."""
-        self._seconds, self.timed_out = time.monotonic() - self._started, timed_out
-        if returncode < 0:
-            known = {number.value: number.name for number in signal.Signals}
-            self.signal = known.get(-returncode, "signal {}".format(-returncode))
-        self.exit_code = TIMED_OUT if timed_out else returncode if returncode >= 0 else 128 - returncode
-
-    def event(self):
-        """Return the event about it, without what the defaults have to give."""
-        host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
-        status = "timeout" if self.timed_out else "failed" if self.exit_code else "ok"
-        how = ("could not be run: " + self.failure if self.failure else "timed out" if self.timed_out else
-               "was terminated by " + self.signal if self.signal else "exited with {}".format(self.exit_code))
-        metadata = {"command": self.name, "duration_ms": int(self._seconds * 1000),
-                    "started_at": self.started_at, "host": host}
-        metadata.update({"signal": self.signal} if self.signal else {"exit_code": self.exit_code})
-        return {"severity": "info" if status == "ok" else "error", "status": status, "metadata": metadata,
-                "message": "{} {} after {:.1f}s".format(self.name, how, self._seconds)}
-
-
-def run_command(command, timeout, limits, delivery_time):
-    """Run a command (a list) with our own streams and descriptors; return its CommandResult.
-
-    timeout: the seconds after which it is sent TERM, and KILL 5 s later; or None. Signals sent to us are
-    passed on. From its end on, limits leave delivery_time (seconds) for the report, or 5 s after a signal.
-    """
-    result, run = CommandResult(command), run_on_windows if os.name == "nt" else run_on_posix
-    numbers = {getattr(signal, name) for name in PASSED_ON if hasattr(signal, name)}
-    passed_on = {number for number in numbers if signal.getsignal(number) != signal.SIG_IGN}  # not with nohup
-
-    def start_delivery():
-        limits.deadline = limits.clock() + delivery_time
-        for number in passed_on:
-            signal.signal(number, hurry_delivery)
-
-    def hurry_delivery(number, frame):
-        limits.deadline = min(limits.deadline, limits.clock() + HURRIED_DELIVERY)
-
+    command, started_at, started = settings.command, utc_timestamp(time.time()), time.monotonic()
+    name = display(os.path.basename(command[0]) or command[0], "-") or "''"
+    run, timeout = run_on_windows if os.name == "nt" else run_on_posix, settings["command-timeout"]
     try:
-        result.ended(*run(command, timeout, passed_on, start_delivery))
-    except (OSError, ValueError) as error:
-        result.not_started(error)
-    return result
+        returncode, timed_out = run(command, timeout, hurry)
+        how, seconds, failure = "exited with {}".format(returncode), time.monotonic() - started, None
+    except OSError as error:
+        returncode = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+        how, seconds, timed_out = "could not be run: " + reason(error), 0.0, False
+        failure = "cannot run {}: {}".format(display(command[0], "-") or name, reason(error))
+    host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+    metadata = {"command": name, "duration_ms": int(seconds * 1000), "started_at": started_at, "host": host}
+    code, number, status = returncode, max(0, -returncode), "failed" if returncode else "ok"
+    if number:
+        metadata["signal"] = next((s.name for s in signal.Signals if s == number), "signal {}".format(number))
+        code, how = 128 + number, "was terminated by " + metadata["signal"]
+    if timed_out:
+        code, number, how, status = TIMED_OUT, 0, "timed out", "timeout"
+    if "signal" not in metadata:
+        metadata["exit_code"] = code
+    message = "{} {} after {:.1f}s".format(name, how, seconds)
+    return code, number, failure, {
+        "severity": "error" if code else "info", "status": status, "metadata": metadata,
+        "message": settings["message"] if settings.from_flag("message") else message}
 
 
-def run_on_posix(command, timeout, passed_on, at_end):
-    """Run a command; return its exit code, or -n for signal n, and whether it took longer than timeout.
-
-    passed_on: the signals that are passed on. at_end: called before signals may come in again.
-    """
-    # Blocked before the command starts and taken one by one: none is lost in between, none interrupts us.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD, signal.SIGALRM})
-    on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a child that is ignored leaves no status
-    environ, ignored = entry_state()
-    try:
-        reader, writer = os.pipe()
-        canary, early = Canary(passed_on), signal.sigpending()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                for number in passed_on:
-                    signal.signal(number, signal.SIG_DFL)
-                signal.signal(signal.SIGCHLD, on_child)
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-                exec_command(command, environ, ignored)
-            except (OSError, ValueError) as error:
-                os.write(writer, str(getattr(error, "errno", 0) or 22).encode())
-            finally:
-                os._exit(NOT_EXECUTABLE)
-        os.close(writer)
-        returncode, timed_out = wait_for(pid, timeout, passed_on, canary, early)
-        number = int(os.read(reader, 10) or 0)  # an exec that succeeds closes the pipe
-        os.close(reader)
-        if number:
-            raise OSError(number, os.strerror(number))
-        return returncode, timed_out
-    finally:
-        at_end()
-        signal.signal(signal.SIGCHLD, on_child)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def wait_for(pid, timeout, passed_on, canary, early):
-    """Pass signals on to a process until it ends; return as run_on_posix(). early: those it has missed."""
-
-    def send(number, sent_to_group=False):
-        try:
-            if not sent_to_group or os.getpgid(pid) != os.getpgrp():
-                os.kill(pid, number)
-        except OSError:  # a setuid command takes no signals from us; it is waited for all the same
-            pass
-
-    timed_out, deadline = False, None if timeout is None else time.monotonic() + timeout
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            canary.end()
-            return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), timed_out
-        canary.died()
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        number = next_signal(passed_on | {signal.SIGCHLD, signal.SIGALRM}, left)
-        if number is None:
-            send(signal.SIGKILL if timed_out else signal.SIGTERM)
-            send(signal.SIGCONT)  # a stopped process would not hear of TERM
-            deadline, timed_out = None if timed_out else deadline + KILL_AFTER, True
-        elif number in passed_on:
-            send(number, canary.died(0.2) and number not in early)
-            early.discard(number)
-
-
-def next_signal(numbers, seconds):
-    """Return the next of the blocked signals, or None after that many seconds (None: wait for ever)."""
-    if hasattr(signal, "sigtimedwait"):
-        info = signal.sigwaitinfo(numbers) if seconds is None else signal.sigtimedwait(numbers, seconds)
-        return info and info.si_signo
-    if seconds is None:
-        return signal.sigwait(numbers)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))  # macOS: an alarm ends the wait
-    number = signal.sigwait(numbers)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    return None if number == signal.SIGALRM else number
-
-
-class Canary:
-    """A process of our group, which dies of what is sent to the whole group, and so to the command as well.
-
-    run_on_posix() makes it, so that the command gets no second copy from us of what a terminal, timeout(1) or
-    `kill -PGID` sent. It is a cat that reads a pipe: pkill(1) does not take it for us, and it
-    ends when we do, however that may be.
-    """
-
-    def __init__(self, signals):
-        self._signals, self._pid, self._writer, self._died = signals, None, None, -1.0
-        self._start()
-
-    def _start(self):
-        try:
-            reader, self._writer = os.pipe()
-            self._pid = os.fork()
-        except OSError:  # no room for one
-            return
-        if self._pid == 0:
-            try:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
-                for descriptor in (0, 1):
-                    os.dup2(reader, descriptor)
-                    os.set_inheritable(descriptor, True)
-                # It must not hold a lock or a pipe open.
-                os.closerange(2, 1 + max(map(int, os.listdir("/dev/fd"))))
-                os.chdir("/")
-                os.execve("/bin/cat", ["cat"], {})
-            finally:
-                os._exit(0)
-        os.close(reader)
-
-    def died(self, seconds=0.0):
-        """Return whether a signal killed it, just now or within so many seconds; if so, start another."""
-        until = time.monotonic() + seconds
-        while True:
-            ended, status = os.waitpid(self._pid, os.WNOHANG) if self._pid else (0, 0)
-            if ended:
-                os.close(self._writer)
-                self._pid = None
-                if os.WIFSIGNALED(status):
-                    self._died = time.monotonic()
-                    self._start()
-            if time.monotonic() < self._died + 0.02:  # our own copy, or timeout(1)'s second
-                return True
-            if time.monotonic() >= until:
-                return False
-            time.sleep(0.002)
-
-    def end(self):
-        if self._pid:
-            os.close(self._writer)
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-
-
-def run_on_windows(command, timeout, passed_on, at_end):
+def run_on_windows(command, timeout, hurry):
     """run_on_posix() for Windows, where Ctrl-C reaches every process of the console and there is no TERM."""
     import subprocess
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handle_signals(lambda number, frame: None, PASSED_ON)
     try:
-        process, timed_out = subprocess.Popen(command, close_fds=False), False
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            timed_out = True
-            process.kill()
-        return process.wait(), timed_out
+        return subprocess.call(command, close_fds=False, timeout=timeout), False
+    except subprocess.TimeoutExpired:  # it has been killed
+        return TIMED_OUT, True
     finally:
-        at_end()
+        handle_signals(hurry, PASSED_ON)
+
+
+def run_on_posix(command, timeout, hurry):
+    """Run a command; return its exit code, or -n for signal n, and whether it took longer than timeout."""
+    numbers = {getattr(signal, name) for name in PASSED_ON}
+    passed_on = {number for number in numbers if signal.getsignal(number) != signal.SIG_IGN}  # not with nohup
+    # Blocked before the command starts and taken one by one: none is lost in between, none interrupts us.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})
+    handle_signals(hurry, PASSED_ON)
+    on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a child that is ignored leaves no status
+    environ, ignored = entry_state()
+    try:
+        (reader, writer), pipe = os.pipe(), os.pipe()  # the second is not 0 or 1, even if they were closed
+        canary, early = start_canary(pipe), []
+        while signal.sigpending() & passed_on:
+            early.append((0.0, signal.sigwait(passed_on)))
+        pid = os.fork()
+        if pid == 0:
+            try:
+                handle_signals(signal.SIG_DFL, PASSED_ON)
+                signal.signal(signal.SIGCHLD, on_child)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                exec_command(command, environ, ignored)
+            except OSError as error:
+                os.write(writer, str(error.errno).encode())
+            finally:
+                os._exit(NOT_EXECUTABLE)
+        os.close(writer)
+        ended = wait_for(pid, timeout, passed_on, canary, pipe, early)
+        number = int(os.read(reader, 10) or 0)  # an exec that succeeds closes the pipe
+        if number:
+            raise OSError(number, os.strerror(number))
+        return ended
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def wait_for(pid, timeout, passed_on, canary, pipe, waiting):
+    """Pass signals on to a process until it ends; return as run_on_posix(). waiting: [(when, signal)]."""
+    timed_out, ours_until, deadline = False, 0.0, time.monotonic() + (timeout or FOREVER)
+    while True:
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        now = time.monotonic()
+        if ended == pid:
+            return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), timed_out
+        try:
+            if now >= deadline:  # CONT, since a stopped process would not hear of TERM
+                waiting[:0] = [(0.0, signal.SIGKILL if timed_out else signal.SIGTERM), (0.0, signal.SIGCONT)]
+                timed_out, deadline = True, now + (FOREVER if timed_out else KILL_AFTER)
+            while waiting and waiting[0][0] <= now:
+                os.kill(pid, waiting.pop(0)[1])
+            if ended == canary and os.WIFSIGNALED(status):  # by what was sent to our whole group
+                canary = start_canary(pipe)
+                if os.getpgid(pid) == os.getpgrp():
+                    waiting, ours_until = [], now + 0.02  # for our own copy, or timeout(1)'s second
+        except OSError:  # a setuid command takes no signals from us; it is waited for all the same
+            pass
+        seconds = 0.0 if ended else max(0.0, min([(deadline, 0)] + waiting)[0] - now)
+        if hasattr(signal, "sigtimedwait"):
+            info = signal.sigtimedwait(passed_on | {signal.SIGCHLD}, seconds)
+            number = info and info.si_signo
+        else:  # macOS
+            time.sleep(min(seconds, 0.02))
+            pending = signal.sigpending() & passed_on
+            number = signal.sigwait(pending) if pending else None
+        if number in passed_on and time.monotonic() >= ours_until:
+            waiting.append((time.monotonic() + 0.2, number))
+
+
+def start_canary(pipe):
+    """Start a process that dies of what a terminal or timeout(1) sends to our whole group; return its id.
+
+    It is a cat, which pkill(1) does not take for us, on a pipe, so that it ends when we do.
+    """
+    try:
+        pid = os.fork()
+    except OSError:  # no room for one
+        return None
+    if pid == 0:
+        try:
+            handle_signals(signal.SIG_DFL, PASSED_ON)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            os.dup2(pipe[0], 0)
+            os.dup2(pipe[0], 1)
+            os.closerange(2, 1 + max(map(int, os.listdir("/dev/fd"))))
+            os.execve("/bin/cat", ["cat"], {})
+        finally:
+            os._exit(0)
+    return pid
 
 
 def die_of(number):
@@ -2633,9 +2212,8 @@ def die_of(number):
     try:
         import resource
 
-        # 1, since the kernel starts the program in core_pattern even where the limit is 0.
         hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-        resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))  # 0 still runs core_pattern's
         if number != signal.SIGKILL:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
@@ -2645,74 +2223,85 @@ def die_of(number):
 
 
 def report_command(settings, reporter):
-    """Run the command of the settings and report how it ended; return the exit code, the command's own.
+    """Run the command and report how it ended; return its exit code, or die of the signal that it died of."""
+    limits, error = Limits(FOREVER), None
 
-    Where a signal ended the command, this process dies of it too.
-    """
-    limits, error, command = Limits(), settings.trouble, settings.command
-    settings["progress"] = False
+    def hurry(number, frame):
+        limits.deadline = min(limits.deadline, limits.clock() + HURRIED_DELIVERY)
+
     reporter.configure(settings, limits)
     try:
-        if error is None:
-            event_from_flags(settings, CommandResult(command).event())
-            if not settings["api-key-file"] and not settings["output"]:  # a file may be a pipe
-                read_key(settings, limits, reporter)
+        if settings.trouble:
+            raise settings.trouble
+        event_from_flags(settings, {"severity": "info", "status": "ok", "message": "-"})
+        if not settings["api-key-file"] and not settings["output"]:  # a file may be a pipe
+            read_key(settings, limits, reporter)
     except Exception as failure:  # whatever it is, the command runs
-        error = failure if isinstance(failure, PackTrackError) else internal_error(failure)
-    if error is not None:
+        error = as_error(failure)
         reporter.error("{}; running the command without reporting".format(error))
-    delivery_time = settings["deadline"] or COMMAND_DELIVERY
-    result = run_command(command, settings["command-timeout"], limits, delivery_time)
-    if result.failure:
-        reporter.error("cannot run {}: {}".format(display(command[0], "-") or result.name, result.failure))
+    code, ended_by, why, event = run_command(settings, hurry)
+    limits.deadline = min(limits.deadline, limits.clock() + (settings["deadline"] or COMMAND_DELIVERY))
+    if why:
+        reporter.error(why)
     if error is None:
-        error = deliver_result(result, settings, limits, reporter)
+        error = deliver_result(event, settings, limits, reporter)
     handle_signals(signal.SIG_IGN, PASSED_ON)  # all is said: nothing is to come between this and the end
-    if result.signal and not result.timed_out:
-        die_of(result.exit_code - 128)
-    return error.exit_code if settings["strict"] and error and not result.exit_code else result.exit_code
+    if ended_by:
+        die_of(ended_by)
+    return error.exit_code if settings["strict"] and error and not code else code
 
 
-def deliver_result(result, settings, limits, reporter):
+def deliver_result(event, settings, limits, reporter):
     """Send the event about a command's end; return the error, which has been logged, or None."""
-    delivery, event = None, result.event()
-    if settings.from_flag("message"):
-        event["message"] = settings["message"]
+    delivery, name = None, event["metadata"]["command"]
     try:
-        delivery = make_delivery(settings, limits, reporter)
-        deliver_event(event_from_flags(settings, event), delivery)
-        delivery.finish()
+        delivery = run(settings, limits, reporter, event)
         error = delivery.error
     except Exception as failure:
-        error = failure if isinstance(failure, PackTrackError) else internal_error(failure)
+        error = as_error(failure)
     if error is not None:
-        text = "could not report the result of {}: {}".format(result.name, error)
+        text = "could not report the result of {}: {}".format(name, error)
         if delivery and delivery.kept:
-            text += "; event kept in {}".format(display(settings["undelivered"], "-"))
+            text += "; event kept in " + delivery.undelivered_file.name
         elif delivery and delivery.unkept:
-            text += "; event could not be saved to {}: {}".format(
-                display(settings["undelivered"], "-"), delivery.unkept_why.rpartition(": ")[2])
+            text += "; event " + delivery.unkept_why.replace("cannot write", "could not be saved to", 1)
         reporter.error(text)
     return error
+
+
 # ---- Reporting: the only writer to the standard streams ----------------------------------------------------
 
-MOST_WARNINGS = 20
-SHORTEST_SECRET = 6
+MOST_WARNINGS, SHORTEST_SECRET = 20, 6
+
+
+def redact(text, secrets):
+    """Return text without the secrets, also as JSON, HTML and URLs escape them, or cut short by a quote."""
+    for secret in secrets:  # nothing is imported: this must work without memory, or where Python lacks html
+        forms = [secret, json.dumps(secret)[1:-1],
+                 secret.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")]
+        forms += [re.sub(unsafe, lambda match: "%{:02X}".format(ord(match.group())), secret)
+                  for unsafe in ("[^A-Za-z0-9_.~-]", "[^A-Za-z0-9_.~/-]")]
+        for form in sorted(forms, key=len, reverse=True):
+            text = text.replace(form, "***")
+        for length in range(len(secret) - 1, SHORTEST_SECRET - 1, -1):
+            text = text.replace(secret[:length] + '"', '***"')
+    return text
 
 
 class Reporter:
-    """Writes to the standard streams, without secrets; a stream that is closed or full changes no verdict.
-
-    Made by main; every thread may write with it. limits: what ends the waiting for room in a pipe.
-    """
+    """Writes to the standard streams, without secrets; a stream that is closed or full changes no verdict."""
 
     def __init__(self, argv, environ):
         self.verbose, self.limits, self._secrets, self._warnings = False, Limits(), [], 0
         self._progress = self._terminal = self._line_open = False
         self._started = self._shown = time.monotonic()
+        self.as_json = environ.get("PACKTRACK_JSON", "").lower() in TRUE  # for an error in the command line
         self.hide(environ.get("PACKTRACK_API_KEY"))
         for word, value in zip(argv, argv[1:] + [""]):
             self.hide(value if word == "--api-key" else word[10:] if word.startswith("--api-key=") else "")
+            if word in ("--json", "--no-json"):
+                self.as_json = word == "--json"
+        self.as_json = self.as_json and "--" not in argv
 
     def hide(self, secret):
         """Cut a secret out of all that is written from now on; but one so short that any text holds it."""
@@ -2736,11 +2325,11 @@ class Reporter:
         except (OSError, ValueError) as error:
             raise InputError("cannot write to standard output: {}".format(reason(error)))
 
-    def log(self, text, line="{}: {}\n"):
-        """Write a line to standard error."""
-        line, self._line_open = "\r\x1b[K" * self._line_open + line, "\n" not in line
+    def log(self, text, form="{}: {}\n"):
+        """Write a line to standard error, in place of a line of progress."""
+        form, self._line_open = "\r\x1b[K" * self._line_open + form, "\n" not in form
         try:
-            self._write(sys.stderr, line.format(PROGRAM, text))
+            self._write(sys.stderr, form.format(PROGRAM, text))
         except (OSError, ValueError, AttributeError):  # closed or full; None, if closed from the start
             pass
 
@@ -2763,35 +2352,30 @@ class Reporter:
         seconds, pause = now - self._started, 0.2 if self._terminal else 1
         if not self._progress or seconds < 1 or now - self._shown < pause:
             return
-        self._shown = now
-        text = "{} record{} read".format(delivery.read, "" if delivery.read == 1 else "s")
+        self._shown, text = now, "{} record{} read".format(delivery.read, "" if delivery.read == 1 else "s")
         if delivery.delivered:
             text += ", {} delivered, {:.0f}/s".format(delivery.delivered, delivery.delivered / seconds)
         if delivery.total:
             text += ", {:.0f} %".format(100.0 * (delivery.delivered + delivery.undelivered) / delivery.total)
         if self._terminal:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            self.log(text[:width - 1], "{1}")
-        else:
-            self.log(text)
+            text = text[:(os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
+        self.log(text, "{1}" if self._terminal else "{}: {}\n")
 
-    def finish(self, error, delivery):
-        """Log how the run ended: the error or None, with what its Delivery (or None) has accounted for."""
+    def finish(self, error, code, delivery):
+        """Log how the run ended, and print the line of --json."""
         if error is not None:
             usage = "\n" + SHORT_USAGE.rstrip() if error.kind == "usage" else ""
-            self.error("{}{}{}".format(error, account(delivery) if delivery is not None else "", usage))
+            self.error("{}{}{}".format(error, describe_account(delivery), usage))
         elif self._line_open:
             self.log("", "{1}")
-
-    def summarize(self, error, code, delivery):
-        """Print the line of --json; where that cannot be, a line on standard error says so."""
-        summary = {"ok": code == 0, "exit_code": code}
-        for name in ("read", "delivered", "undelivered", "invalid"):
-            summary[name] = getattr(delivery, name, 0)
+        if not self.as_json:
+            return
+        summary = {"ok": code == 0, "exit_code": code, "read": delivery.read, "delivered": delivery.delivered,
+                   "undelivered": delivery.undelivered, "invalid": delivery.invalid}
         for name in ("requests", "retries", "bytes_sent"):
-            summary[name] = delivery.sum(name) if delivery is not None else 0
+            summary[name] = sum(getattr(client, name) for client in delivery.clients)
         summary["seconds"] = round(time.monotonic() - self._started, 3)
-        summary["error"] = None if error is None else {
+        summary["error"] = error and {
             "kind": error.kind, "message": error.args[0], "status": error.status, "where": error.where}
         try:
             self.out(json.dumps(summary) + "\n")
@@ -2806,26 +2390,25 @@ class Reporter:
             raise OSError("nobody reads it")
 
 
-def account(delivery):
+def describe_account(delivery):
     """Return the end of the failure line: what was delivered and what was not."""
-    text, read = "", delivery.read
-    if read > 1 and delivery.invalid and not (delivery.keep_going or delivery.sum("requests")):
-        text = "; {} records read, {} invalid, none sent".format(read, delivery.invalid)
+    read, undelivered, invalid, counts = delivery.read, delivery.undelivered, delivery.invalid, []
+    sent = delivery.keep_going or any(client.requests for client in delivery.clients)
+    if read > 1 and invalid and not sent:
+        counts = ["{} records read, {} invalid, none sent".format(read, invalid)]
     elif read > 1:
-        text = "; delivered {} of {}".format(delivery.delivered, read)
-        if delivery.ranges:
-            text += "; not delivered: " + describe_ranges(delivery.ranges)
-        elif delivery.undelivered:
-            text += "; {} not delivered".format(delivery.undelivered)
-        if delivery.invalid:
-            text += "; {} invalid".format(delivery.invalid)
-    if delivery.unkept:
-        text += "; {} not saved: {}".format(delivery.unkept, delivery.unkept_why)
-    return text
+        counts = ["delivered {} of {}".format(delivery.delivered, read),
+                  "not delivered: " + describe_ranges(delivery.ranges) if delivery.ranges else
+                  undelivered and "{} not delivered".format(undelivered),
+                  invalid and "{} invalid".format(invalid)]
+    counts.append(delivery.unkept and "{} not saved: {}".format(delivery.unkept, delivery.unkept_why))
+    return "".join("; " + count for count in counts if count)
 
 
-def internal_error(error):
-    """Return the PackTrackError for an exception that should not have been possible, or of a poor Python."""
+def as_error(error):
+    """Return the PackTrackError for any exception, such as one that should not have been possible."""
+    if isinstance(error, PackTrackError):
+        return error
     if isinstance(error, MemoryError):
         return RetriesExhaustedError("out of memory", kind="memory", ends_run=True)
     if isinstance(error, ImportError):
@@ -2840,41 +2423,23 @@ def internal_error(error):
 # ---- main: from settings to what does the work -------------------------------------------------------------
 
 
-def open_appender(settings, name, mode, limits, source, error_class, saving=False):
-    """Return the Appender of an option that names a file, or None; check it before anything is sent."""
-    if not settings[name]:
-        return None
-    where = settings.sources[name]
-    try:
-        appender = Appender(settings[name], mode, limits, saving)
-    except InputError as error:
-        raise error_class(str(error), where=where)
-    if source is not None and source.is_file and appender.is_file(source.identity):
-        raise InvalidError("is the input itself; name another file", where=where)
-    return appender
-
-
 def read_key(settings, limits, reporter):
     """Return the API key, from its option or from the first line of its file. Raises InvalidError."""
-    key, flag = settings["api-key"], settings.sources.get("api-key-file")
-    if settings["api-key-file"]:
-        text = b""
+    key, path, text, line = settings["api-key"], settings["api-key-file"], b"", None
+    if path:
         try:
-            source = Source(settings["api-key-file"], limits)
+            source = Source(path, limits)
             for chunk in source.chunks():
                 text += chunk
                 if b"\n" in chunk or len(text) > BLOCK:
                     break
-            source.close()
-            key = text.split(b"\n")[0].decode("utf-8").strip()
-            if not key:
-                raise InputError("the first line of {} is empty".format(source.name))
-            parse_header(key)
-        except InputError as error:
-            raise InvalidError(str(error), where=flag)
-        except ValueError:
-            why = "the first line of {} contains characters not allowed in a header (not shown)"
-            raise InvalidError(why.format(source.name), where=flag)
+            source.raw.close()
+            line = text.split(b"\n")[0].strip()
+            key = parse_header(line.decode("utf-8"))
+        except (InputError, ValueError) as error:
+            fault = "contains characters not allowed in a header (not shown)" if line else "is empty"
+            why = "the first line of {} {}".format(source.name, fault) if line is not None else str(error)
+            raise InvalidError(why, where=settings.sources["api-key-file"])
         if source.is_file and os.name != "nt" and source.identity.st_mode & 0o077:
             reporter.trace("key file is readable by others; chmod 600 {}".format(source.name))
     if not key:
@@ -2885,29 +2450,23 @@ def read_key(settings, limits, reporter):
     return key
 
 
-def make_clients(settings, limits, reporter, number=1):
-    """Return a list of Clients that the settings describe."""
-    values = {name.replace("-", "_"): settings[name] for name in (
-        "base-url", "timeout", "retries", "backoff-initial", "backoff-max", "jitter", "user-agent", "gzip",
-        "health-path")}
-    key = read_key(settings, limits, reporter)
-    source = settings.sources.get("api-key", settings.sources.get("api-key-file"))
-    return [Client(key, key_source=source, limits=limits, trace=reporter.trace if reporter.verbose else None,
-                   **values) for _ in range(number)]
-
-
 def make_delivery(settings, limits, reporter, source=None):
     """Return the Delivery that the settings describe. source: the input, which it must not write to."""
-    clients, output, undelivered, probe = (), None, None, None
-    if not settings["dry-run"]:
-        undelivered = open_appender(settings, "undelivered", 0o600, limits, source, InvalidError, saving=True)
-        output = open_appender(settings, "output", 0o666, limits, source, InputError)
-        if output is None:
-            number = settings["connections"] if source is not None else 1
-            clients = make_clients(settings, limits, reporter, number)
-            probe = check_health if settings["health-enable"] else None
-    return Delivery(limits, reporter, clients, output, undelivered, settings["keep-going"],
-                    settings["idempotency-key"], probe)
+    undelivered_file, output = (
+        None if settings["dry-run"] or settings["health"] or not settings[name] else
+        Appender(settings[name], settings.sources[name], limits, source, saving=name == "undelivered")
+        for name in ("undelivered", "output"))
+    clients = []
+    if output is None and (settings["health"] or not settings["dry-run"]):
+        values = {name.replace("-", "_"): settings[name] for name in (
+            "base-url", "timeout", "retries", "backoff-initial", "backoff-max", "jitter", "user-agent",
+            "gzip", "health-path")}
+        values.update(api_key=read_key(settings, limits, reporter), limits=limits,
+                      key_source=settings.sources.get("api-key", settings.sources.get("api-key-file")),
+                      trace=reporter.trace if reporter.verbose else None)
+        clients = [Client(**values) for _ in range(settings["connections"] if source is not None else 1)]
+    return Delivery(limits, reporter, clients, output, undelivered_file, settings["keep-going"],
+                    settings["idempotency-key"], settings["health-enable"])
 
 
 def event_from_flags(settings, event):
@@ -2922,60 +2481,55 @@ def event_from_flags(settings, event):
     return dump_json(complete_event(event, defaults, utc_timestamp(time.time())))
 
 
-def deliver_event(record, delivery):
-    """Deliver one event, the bytes of its JSON."""
-    delivery.single, delivery.total = True, 1
-    delivery.count_read([record])
-    send_batches(iter([([record], [1])]), delivery)
-
-
 def deliver_input(settings, limits, delivery, source):
     """Deliver what a Source holds: the chain, from end to end."""
     reader = Reader(source, settings["ndjson"], event_defaults(settings), settings["allow-empty"])
-    streams = settings["async"] and not settings["dry-run"]
+    delivery.streams = settings["async"] and not settings["dry-run"]
     # What came through a pipe is nobody else's: once it is refused, it is read to its end to be saved.
-    keeps_rest = delivery.undelivered_file is not None and not source.is_file
-    runs = accept_valid(reader, delivery, streams, keeps_rest)
+    delivery.keeps_rest = not (delivery.streams or delivery.undelivered_file is None or source.is_file)
+    runs = accept_valid(reader, delivery)
     if settings["dry-run"]:
-        for _ in runs:
-            pass
-        return
-    if streams:
+        runs = filter(lambda run: False, runs)  # all are validated, none is sent
+    elif delivery.streams:
         runs = read_ahead(runs, delivery, limits, settings["queue-capacity"], settings["flush-interval"],
                           not settings["no-flush"])
     else:
-        runs = keep_until_valid(runs, delivery, keeps_rest, source.name)
+        runs = keep_until_valid(runs, delivery, source.name)
     send_batches(cut_batches(runs, settings["batch-size"], settings["max-batch-bytes"]), delivery)
 
 
-def run(settings, limits, reporter):
-    """Do what the settings say; return the Delivery. Raises PackTrackError."""
-    if not (settings["file"] or settings["stdin"]):
-        record, source = event_from_flags(settings, {}), None
-    else:
+def run(settings, limits, reporter, event=None):
+    """Do what the settings say; return the Delivery. event: a command's, or None. Raises PackTrackError."""
+    source = record = None
+    if not settings["health"] and (settings["file"] or settings["stdin"]):
         source = Source("-" if settings["stdin"] else settings["file"], limits)
+    elif not settings["health"]:
+        record = event_from_flags(settings, event or {})
     delivery = make_delivery(settings, limits, reporter, source)
     try:
-        if source is not None:
+        if settings["health"]:
+            check_health(delivery.clients[0], reporter, delivery.note)
+        elif source is not None:
             deliver_input(settings, limits, delivery, source)
         elif not settings["dry-run"]:
-            deliver_event(record, delivery)
+            delivery.single, delivery.total, delivery.read = True, 1, 1
+            delivery.send(([record], [1]), delivery.clients[0] if delivery.clients else None)
     except Exception as error:  # what was read is still to be accounted for
-        delivery.note(error if isinstance(error, PackTrackError) else internal_error(error), ends=True)
+        delivery.note(as_error(error))
     delivery.finish()
     return delivery
 
 
-def check_health(client, reporter):
-    """Log the service's health; return an InvalidError, whose exit code is 1, unless it is healthy."""
+def check_health(client, reporter, note=None):
+    """Log the service's health; note an InvalidError, whose exit code is 1, unless it is healthy."""
     try:
         client.health_check()
         reporter.trace("the service is healthy")
-        return None
     except PackTrackError as error:
         why = "the service is not healthy: {}".format(error)
         reporter.trace(why)
-        return InvalidError(why, status=error.status, kind="unhealthy")
+        if note is not None:
+            note(InvalidError(why, status=error.status, kind="unhealthy"))
 
 
 def handle_signals(handler, names=("SIGINT", "SIGTERM", "SIGHUP")):
@@ -2987,27 +2541,18 @@ def handle_signals(handler, names=("SIGINT", "SIGTERM", "SIGHUP")):
 
 def stdin_hint():
     """Return words for who forgot --stdin: standard input is a pipe or a file; else nothing."""
-    try:
-        mode = os.fstat(0).st_mode
-    except OSError:
-        return ""
+    mode = os.fstat(0).st_mode if sys.stdin is not None else 0
     return "; standard input was not read: add --stdin" if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
-
-
-def wants_json(argv, environ):
-    """Tell whether a command line that was refused asked for --json."""
-    if "--" in argv:
-        return False
-    asked = [word for word in argv if word in ("--json", "--no-json")]
-    return asked[-1] == "--json" if asked else environ.get("PACKTRACK_JSON", "").lower() in TRUE
 
 
 def main(argv=None):
     """Run the program with the arguments argv (by default the process's own) and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    reporter, settings, limits, delivery, error = Reporter(argv, os.environ), None, Limits(), None, None
+    reporter, limits, error = Reporter(argv, os.environ), Limits(), None
+    delivery = Delivery(limits, reporter)
     try:
         settings = resolve(argv, os.environ)
+        reporter.as_json = settings["json"]
         if settings["help"] or settings["version"] or settings["completion"]:
             reporter.out(help_text(settings["help"] == "long") if settings["help"] else
                          completion(settings["completion"]) if settings["completion"] else
@@ -3021,29 +2566,20 @@ def main(argv=None):
         if not argv and not any(settings[name] for name in ("message", "file", "stdin", "health")):
             raise InvalidError("nothing to send" + stdin_hint(), kind="usage")
         gc.disable()  # records make no cycles, and to look for some among millions takes a third of the time
-        if settings["health"]:
-            delivery = Delivery(limits, reporter, make_clients(settings, limits, reporter))
-            error = check_health(delivery.clients[0], reporter)
-            delivery.finish()
-        else:
-            delivery = run(settings, limits, reporter)
-            error = delivery.error
-    except PackTrackError as refusal:
-        error = refusal
+        delivery = run(settings, limits, reporter)
+        error = delivery.error
     except Interrupted:
         pass
     except KeyboardInterrupt:  # before it was handled
         limits.signals.append(signal.SIGINT)
     except Exception as failure:
-        error = internal_error(failure)
+        error = as_error(failure)
     handle_signals(signal.SIG_IGN)  # from here on the verdict stands
     ended_by = limits.signals[0] if limits.signals else None
     if ended_by:
         error = PackTrackError("interrupted ({})".format(signal.Signals(ended_by).name), kind="interrupted")
     code = 128 + ended_by if ended_by else 0 if error is None else error.exit_code
-    reporter.finish(error, delivery)
-    if settings["json"] if settings is not None else wants_json(argv, os.environ):
-        reporter.summarize(error, code, delivery)
+    reporter.finish(error, code, delivery)
     if ended_by:
         die_of(ended_by)
     return code

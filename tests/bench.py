@@ -3,8 +3,9 @@
     python tests/bench.py [--quick] [--python PATH] [--archive PATH] [--only WORD]
 
 Floor and program take turns within one run, so that both see the same machine; what is shown are medians. The
-sink (sink.py) is a process of its own, and after each run its counts must be exactly what was sent. Prints a
-Markdown table; the exit code is 1 if a bound is missed. Standard library only, for POSIX.
+sink (sink.py) is a process of its own, and after each run its counts must be exactly what was sent; relay.py
+stands before it where the time of a round trip counts. Prints a Markdown table; the exit code is 1 if a bound
+is missed. Standard library only, for POSIX.
 """
 
 import argparse
@@ -19,27 +20,31 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 KEY = "bench-key"
+SYSTEM = "/usr/bin/python3"
 
 Sizes = collections.namedtuple("Sizes", "starts rounds events small big cost_rounds")
 FULL = Sizes(starts=21, rounds=7, events=200000, small=20000, big=2000000, cost_rounds=9)
-QUICK = Sizes(starts=7, rounds=3, events=40000, small=10000, big=200000, cost_rounds=5)
+QUICK = Sizes(starts=7, rounds=3, events=80000, small=20000, big=200000, cost_rounds=3)
 
+# What opens a file, stands between events and ends it, and what is replaced in each.
+LINES = (b"", b"\n", b"\n", b"", b"")
+ARRAY = (b"[", b", ", b"]\n", b"", b"")
+INVALID = (b"", b"\n", b"\n", b'"ok"', b'"fine"')
 BLOCK = 2000  # distinct events; files repeat them, so that this process stays small
 MIB = 1 << 20
-MEMORY_MORE = 8 * MIB
-MEMORY_ALL = 64 * MIB
 COST_DRIFT = 1.15
+ROUND_TRIP = 50  # milliseconds
 
-EVENT = {
-    "--source-system": "bench", "--workflow-id": "wf-1", "--actor-type": "agent", "--actor-id": "a-1",
-    "--severity": "info", "--status": "ok", "--message": "checkout completed",
-}
-EVENT_FLAGS = [word for pair in EVENT.items() for word in pair]
+EVENT_FLAGS = ["--source-system", "bench", "--workflow-id", "wf-1", "--actor-type", "agent", "--actor-id",
+               "a-1", "--severity", "info", "--status", "ok", "--message", "checkout completed"]
+BODY = json.dumps({
+    "timestamp": "2026-01-01T00:00:00.000000Z", "source": {"system": "bench"}, "workflow": {"id": "wf-1"},
+    "actor": {"type": "agent", "id": "a-1"}, "severity": "info", "status": "ok",
+    "message": "checkout completed"})
 
 # The floors. Each is what a user would write by hand without the program.
 
@@ -97,17 +102,18 @@ class Missed(Exception):
     """The program did not do what was measured: wrong exit code, or records that did not arrive."""
 
 
-class Sink:
-    """The sink process and its counts."""
+class Server:
+    """sink.py or relay.py as a process; url: where it listens."""
 
-    def __init__(self):
-        self.process = subprocess.Popen([sys.executable, os.path.join(HERE, "sink.py")],
+    def __init__(self, name, *argv):
+        self.process = subprocess.Popen([sys.executable, os.path.join(HERE, name), *argv],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.host = "127.0.0.1:%d" % int(self.process.stdout.readline())
+        self.port = int(self.process.stdout.readline())
+        self.host = "127.0.0.1:%d" % self.port
         self.url = "http://" + self.host
 
     def counts(self):
-        """Return the counts since the last call."""
+        """Return the sink's counts since the last call."""
         connection = http.client.HTTPConnection(self.host, timeout=60)
         try:
             connection.request("GET", "/counts")
@@ -125,16 +131,11 @@ class Bench:
     """Measures into rows of (measure, floor, program, ratio, bound, good)."""
 
     def __init__(self, sizes, python, archive, scratch, sink):
-        self.sizes = sizes
-        self.python = python
-        self.archive = archive
-        self.scratch = scratch
-        self.sink = sink
-        self.rows = []
+        self.sizes, self.python, self.archive, self.scratch = sizes, python, archive, scratch
+        self.sink, self.rows = sink, []
         self.environment = {
             "PATH": os.environ.get("PATH", os.defpath), "HOME": scratch, "TMPDIR": scratch,
-            "PACKTRACK_API_KEY": KEY, "PACKTRACK_BASE_URL": sink.url,
-        }
+            "PACKTRACK_API_KEY": KEY, "PACKTRACK_BASE_URL": sink.url}
         self.floor_start = self.write("floor_start.py", FLOOR_START)
         self.floor_batches = self.write("floor_batches.py", FLOOR_BATCHES)
         self.peak_script = self.write("peak.py", PEAK)
@@ -145,10 +146,8 @@ class Bench:
             file.write(text)
         return path
 
-    # one run
-
-    def program(self, *flags, archive=None):
-        return [self.python, archive or self.archive] + list(flags)
+    def program(self, *flags):
+        return [self.python, self.archive, *flags]
 
     def seconds(self, argv, code=0, pipe=None):
         """Run to the end and return the seconds it took; `pipe` is a file that cat writes to its input."""
@@ -177,255 +176,167 @@ class Bench:
         if counts["records"] != records or requests not in (None, counts["requests"]):
             raise Missed("the sink got %s, not %d records" % (counts, records))
 
-    def first_byte(self, argv):
-        """Run and return the seconds until the first byte on its standard output."""
-        begin = time.perf_counter()
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   env=self.environment)
-        byte = process.stdout.read(1)
-        taken = time.perf_counter() - begin
-        process.stdout.close()
-        if process.wait() != 0 or not byte:
-            raise Missed("the command did not start: %s" % " ".join(argv)[:300])
-        return taken
-
-    def peak(self, argv, pipe=None):
+    def peak(self, argv, pipe=None, code=0):
         """Run and return the bytes of memory that it had at its peak."""
         report = os.path.join(self.scratch, "peak")
         self.seconds([self.python, "-S", "-E", self.peak_script, report] + argv, pipe=pipe)
         with open(report) as file:
             status, peak = map(int, file.read().split())
-        if status:
+        if status != code << 8:
             raise Missed("wait status %d: %s" % (status, " ".join(argv)[:300]))
         return peak * (1 if sys.platform == "darwin" else 1024)
-
-    # rows
 
     def row(self, measure, floor, program, ratio, bound, good):
         self.rows.append((measure, floor, program, ratio, bound, "good" if good else "MISSED"))
 
-    def ratio_row(self, measure, floor, program, bound, unit=1000.0):
-        floor, program = statistics.median(floor), statistics.median(program)
-        ratio = program / floor
-        form = "%.1f ms" if unit == 1000.0 else "%.2f s"
-        self.row(measure, form % (floor * unit), form % (program * unit), "%.2f" % ratio,
-                 "at most %s" % bound, ratio <= bound)
-
-    def alternate(self, rounds, runs):
-        """Call each of `runs` (name: function) in turn, `rounds` times; return name: list of seconds."""
-        taken = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                taken[name].append(run())
-        return taken
+    def compare(self, rounds, runs, bounds, unit):
+        """Call each of `runs` (name: function) in turn; a row for each bound (name, its floor, most)."""
+        taken = [{name: run() for name, run in runs.items()} for _ in range(rounds)]
+        median = {name: statistics.median(one[name] for one in taken) for name in runs}
+        form, scale = ("%.1f ms", 1000) if unit == "ms" else ("%.2f s", 1)
+        for name, floor, bound in bounds:
+            ratio = median[name] / median[floor]
+            self.row(name, form % (median[floor] * scale), form % (median[name] * scale), "%.2f" % ratio,
+                     "at most %s" % bound, ratio <= bound)
+        return median
 
     def start(self):
-        """From start to exit, and to the start of a wrapped command."""
-        body = json.dumps({
-            "timestamp": "2026-01-01T00:00:00.000000Z", "source": {"system": "bench"},
-            "workflow": {"id": "wf-1"}, "actor": {"type": "agent", "id": "a-1"}, "severity": "info",
-            "status": "ok", "message": "checkout completed"})
-        foreign = os.path.join(self.scratch, "foreign.pyz")
-        disguise(self.archive, foreign, cache_tag(self.python))
-        floor = [self.python, self.floor_start, self.sink.url + "/api/ingest", KEY, body]
-        imports = [self.python] + FLOOR_IMPORTS
-
+        """From start to exit."""
         def sending(argv):
             seconds = self.seconds(argv)
             self.expect(1, 1)
             return seconds
 
-        def wrapping():
-            seconds = self.first_byte(self.program(*EVENT_FLAGS, "--", "echo", "started"))
-            self.expect(1, 1)
-            return seconds
-
-        taken = self.alternate(self.sizes.starts, {
-            "floor": lambda: sending(floor),
-            "one": lambda: sending(self.program(*EVENT_FLAGS)),
-            "foreign": lambda: sending(self.program(*EVENT_FLAGS, archive=foreign)),
-            "imports": lambda: self.seconds(imports),
-            "version": lambda: self.seconds(self.program("--version")),
-            "usage": lambda: self.seconds(self.program("--no-such-flag"), code=1),
-            "dry": lambda: self.seconds(self.program("--dry-run", *EVENT_FLAGS)),
-            "help": lambda: self.seconds(self.program("--help")),
-            "wrapper": wrapping,
-        })
-        self.ratio_row("one event from flags, start to exit", taken["floor"], taken["one"], 1.2)
-        self.ratio_row("the same, bytecode of another version", taken["floor"], taken["foreign"], 1.5)
-        self.ratio_row("`--version`", taken["imports"], taken["version"], 1.6)
-        self.ratio_row("a usage error", taken["imports"], taken["usage"], 1.6)
-        self.ratio_row("`--dry-run` of one event", taken["imports"], taken["dry"], 1.6)
-        self.ratio_row("`--help`", taken["imports"], taken["help"], 2.0)
-        self.ratio_row("`-- COMMAND`: until it starts", taken["imports"], taken["wrapper"], 1.6)
-
-    def imports(self):
-        """What must start without urllib.request does."""
-        for name, flags in (("--version", ["--version"]), ("a usage error", ["--no-such-flag"]),
-                            ("--help", ["--help"]), ("--dry-run", ["--dry-run"] + EVENT_FLAGS)):
-            process = subprocess.run([self.python, "-v", self.archive] + flags, env=self.environment,
-                                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                     stderr=subprocess.PIPE)
-            if b"import 'zipimport'" not in process.stderr:
-                raise Missed("%s -v does not name what it imports" % self.python)
-            loaded = b"import 'urllib.request'" in process.stderr
-            self.row("urllib.request, " + name, "", "imported" if loaded else "not imported", "",
-                     "not imported", not loaded)
+        self.compare(self.sizes.starts, {
+            "_": lambda: sending([self.python, self.floor_start, self.sink.url + "/api/ingest", KEY, BODY]),
+            "one event from flags, start to exit": lambda: sending(self.program(*EVENT_FLAGS)),
+            "_imports": lambda: self.seconds([self.python, *FLOOR_IMPORTS]),
+            "`--version`": lambda: self.seconds(self.program("--version")),
+            "a usage error": lambda: self.seconds(self.program("--no-such-flag"), code=1),
+            "`--dry-run` of one event": lambda: self.seconds(self.program("--dry-run", *EVENT_FLAGS)),
+        }, [("one event from flags, start to exit", "_", 1.15), ("`--version`", "_imports", 1.4),
+            ("a usage error", "_imports", 1.4), ("`--dry-run` of one event", "_imports", 1.4)], "ms")
 
     def throughput(self):
         """Many events, against the plain loop."""
         count = self.sizes.events
-        lines = self.make_lines("events.ndjson", count)
-        array = self.make_array("events.json", count)
-        requests = -(-count // 100)
+        lines, array = self.make("events.ndjson", count), self.make("events.json", count, ARRAY)
+        file = "{:,} events, NDJSON file".format(count)
 
-        def floor(packed):
-            return [self.python, self.floor_batches, self.sink.host, lines, KEY, packed]
-
-        def run(argv, requests=requests, pipe=None):
+        def run(argv, pipe=None):
             seconds = self.seconds(argv, pipe=pipe)
-            self.expect(count, requests)
+            self.expect(count, None if "--async" in argv else -(-count // 100))
             return seconds
 
+        def floor(packed):
+            return run([self.python, self.floor_batches, self.sink.host, lines, KEY, packed])
+
         program = self.program
-        taken = self.alternate(self.sizes.rounds, {
-            "floor": lambda: run(floor("")),
-            "file": lambda: run(program("--file", lines, "--ndjson")),
-            "async": lambda: run(program("--stdin", "--ndjson", "--async"), requests=None, pipe=lines),
-            "array": lambda: run(program("--file", array)),
-            "gzip floor": lambda: run(floor("gzip")),
-            "gzip": lambda: run(program("--file", lines, "--ndjson", "--gzip")),
-        })
-        name = "{:,} events".format(count)
-        self.ratio_row(name + ", NDJSON file", taken["floor"], taken["file"], 1.25, 1)
-        self.ratio_row("the same from a pipe, `--async`", taken["floor"], taken["async"], 1.5, 1)
-        self.ratio_row("the same file, `--gzip`", taken["gzip floor"], taken["gzip"], 1.15, 1)
-        self.ratio_row("the same as one JSON array", taken["floor"], taken["array"], 1.5, 1)
-        os.remove(lines)
-        os.remove(array)
+        self.compare(self.sizes.rounds, {
+            "_": lambda: floor(""),
+            file: lambda: run(program("--file", lines, "--ndjson")),
+            "the same from a pipe": lambda: run(program("--stdin", "--ndjson"), lines),
+            "the same from a pipe, `--async`": lambda: run(program("--stdin", "--ndjson", "--async"), lines),
+            "the same as one JSON array": lambda: run(program("--file", array)),
+            "_gzip": lambda: floor("gzip"),
+            "the same file, `--gzip`": lambda: run(program("--file", lines, "--ndjson", "--gzip")),
+        }, [(file, "_", 1.25), ("the same from a pipe", "_", 1.25),
+            ("the same from a pipe, `--async`", "_", 1.5), ("the same as one JSON array", "_", 1.5),
+            ("the same file, `--gzip`", "_gzip", 1.15)], "s")
+
+    def connections(self):
+        """Many connections against one, where each round trip takes its time."""
+        count = 10000
+        lines = self.make("events.ndjson", count)
+        relay = Server("relay.py", str(self.sink.port), str(ROUND_TRIP))
+
+        def run(connections):
+            seconds = self.seconds(self.program("--file", lines, "--ndjson", "--base-url", relay.url,
+                                                "--connections", connections))
+            self.expect(count, count // 100)
+            return seconds
+
+        name = "{:,} events at {} ms round trip, `--connections 8` against 1".format(count, ROUND_TRIP)
+        try:
+            self.compare(3, {"_": lambda: run("1"), name: lambda: run("8")}, [(name, "_", 0.2)], "s")
+        finally:
+            relay.close()
 
     def memory(self):
         """Peak memory for many events against few, and what an event costs then."""
         small, big = self.sizes.small, self.sizes.big
-        needed = 3 * big * 410
-        if shutil.disk_usage(self.scratch).free < needed:
-            raise Missed("%d MB of disk are needed in %s" % (needed >> 20, self.scratch))
-        few, few_array = self.make_lines("few.ndjson", small), self.make_array("few.json", small)
-        many = self.make_lines("many.ndjson", big)
-        modes = [
-            ("file", lambda lines, array: (self.program("--file", lines, "--ndjson"), None)),
-            ("pipe", lambda lines, array: (self.program("--stdin", "--ndjson"), lines)),
-            ("`--async`", lambda lines, array: (self.program("--stdin", "--ndjson", "--async"), lines)),
-            ("array", lambda lines, array: (self.program("--file", array), None)),
-        ]
-        for name, mode in modes:
-            if name == "file":
-                least = self.cost(few, many)
-            if name == "array":
-                os.remove(many)
-                many_array = self.make_array("many.json", big)
-            else:
-                many_array = ""
-            floor = self.peak(*mode(few, few_array))
-            self.expect(small)
-            if name == "file":
-                peak = least
-            else:
-                peak = self.peak(*mode(many, many_array))
-                self.expect(big)
+        if shutil.disk_usage(self.scratch).free < 3 * big * 410:
+            raise Missed("too little room in " + self.scratch)
+        few, many = self.make("few.ndjson", small), self.make("many.ndjson", big)
+        peaks = {"NDJSON file": (self.peak_of(small, few), self.cost(few, many))}
+        for name, flags in (("pipe", []), ("`--async`", ["--async"])):
+            peaks[name] = [self.peak_of(number, path, ["--stdin", "--ndjson", *flags])
+                           for number, path in ((small, few), (big, many))]
+        for name, form, flags in (("array", ARRAY, []), ("invalid, `--keep-going`", INVALID, [
+                "--ndjson", "--keep-going"])):
+            peaks[name] = [self.peak_of(number, self.make("other", number, form), flags, code=form is INVALID)
+                           for number in (small, big)]
+        for name, (floor, peak) in peaks.items():
             self.row("peak memory, {:,} events, {}".format(big, name), "%.1f MiB" % (floor / MIB),
                      "%.1f MiB" % (peak / MIB), "%.2f" % (peak / floor),
-                     "at most 8 MiB more, under 64 MiB", peak - floor <= MEMORY_MORE and peak < MEMORY_ALL)
-        os.remove(many_array)
+                     "at most 8 MiB more, under 64 MiB", peak - floor <= 8 * MIB and peak < 64 * MIB)
+
+    def peak_of(self, count, path, flags=("--ndjson",), code=0):
+        """The peak memory for this input."""
+        piped = "--stdin" in flags
+        peak = self.peak(self.program(*flags, *["--file", path] * (not piped)), path if piped else None, code)
+        self.expect(0 if code else count)
+        return peak
 
     def cost(self, few, many):
         """Cost per event from a file, for few and for many; returns the peak memory of the latter."""
-        one = self.make_lines("one.ndjson", 1)
         small, big = self.sizes.small, self.sizes.big
-        starts, shorts = [], []
-
-        def shorter(rounds):
-            for _ in range(rounds):
-                starts.append(self.seconds(self.program("--file", one, "--ndjson")))
-                shorts.append(self.seconds(self.program("--file", few, "--ndjson")))
-                self.expect(small + 1)
-
-        shorter(self.sizes.cost_rounds // 2 + 1)
+        one = self.make("one.ndjson", 1)
+        median = self.compare(self.sizes.cost_rounds, {
+            path: lambda path=path: self.seconds(self.program("--file", path, "--ndjson"))
+            for path in (one, few)}, [], "s")
+        self.expect(self.sizes.cost_rounds * (small + 1))
         begin = time.perf_counter()
-        peak = self.peak(self.program("--file", many, "--ndjson"))
-        long = time.perf_counter() - begin
-        self.expect(big)
-        shorter(self.sizes.cost_rounds // 2 + 1)
-        start = statistics.median(starts)
-        floor = (statistics.median(shorts) - start) / small
-        each = (long - start) / big
-        ratio = each / floor
+        peak = self.peak_of(big, many)
+        each = (time.perf_counter() - begin - median[one]) / big
+        floor = (median[few] - median[one]) / small
         self.row("cost of an event, of {:,} against {:,}".format(big, small), "%.2f µs" % (floor * 1e6),
-                 "%.2f µs" % (each * 1e6), "%.2f" % ratio, "within 15 %",
-                 1 / COST_DRIFT <= ratio <= COST_DRIFT)
+                 "%.2f µs" % (each * 1e6), "%.2f" % (each / floor), "within 15 %",
+                 1 / COST_DRIFT <= each / floor <= COST_DRIFT)
         return peak
 
-    # data
-
-    def make_lines(self, name, count):
-        return self.make(name, count, b"", b"\n", b"\n")
-
-    def make_array(self, name, count):
-        return self.make(name, count, b"[", b", ", b"]\n")
-
-    def make(self, name, count, opening, between, ending):
+    def make(self, name, count, form=LINES):
         """Write `count` events of about 400 bytes; return the path."""
-        block = make_events(min(count, BLOCK))
+        opening, between, ending, old, new = form
+        block = [one.replace(old, new) if old else one for one in make_events(min(count, BLOCK))]
         path = os.path.join(self.scratch, name)
-        whole = between.join(block)
         with open(path, "wb") as file:
             file.write(opening)
-            for _ in range(count // BLOCK):
-                file.write(whole)
-                count -= BLOCK
-                file.write(between if count else ending)
-            if count:
-                file.write(between.join(block[:count]) + ending)
+            while count:
+                some = block[:count]
+                count -= len(some)
+                file.write(between.join(some) + (between if count else ending))
         return path
 
 
 def make_events(count):
     """Complete events, compact JSON, as bytes."""
-    hosts = ["web-%02d.example.net" % number for number in range(24)]
     return [json.dumps({
         "timestamp": "2026-01-01T%02d:%02d:%02d.%06dZ" % (
             number // 3600 % 24, number // 60 % 60, number % 60, number * 7919 % 1000000),
         "source": {"system": "checkout", "env": "prod"},
-        "workflow": {"id": "wf-%05d" % (number * 31 % 977), "name": "Checkout", "run_id": "run-%08x" % (
-            number * 2654435761 % (1 << 32)), "step_id": "step-%d" % (number % 9)},
+        "workflow": {"id": "wf-%05d" % (number * 31 % 977), "step_id": "step-%d" % (number % 9),
+                     "name": "Checkout", "run_id": "run-%08x" % (number * 2654435761 % (1 << 32))},
         "actor": {"type": "agent", "id": "a-%d" % (number * 17 % 400), "display_name": "cart-stepper"},
-        "severity": ("info", "debug", "warn", "info")[number % 4],
-        "status": "ok",
+        "severity": ("info", "debug", "warn", "info")[number % 4], "status": "ok",
         "message": "checkout %d completed for cart %08x" % (number, number * 40503 % (1 << 32)),
         "metadata": {"cart_total": number * 37 % 100000 / 100, "currency": "EUR",
-                     "host": hosts[number % 24]},
+                     "host": "web-%02d.example.net" % (number % 24)},
     }, separators=(",", ":")).encode() for number in range(count)]
-
-
-def cache_tag(python):
-    """The name under which an interpreter keeps its bytecode."""
-    return ask(python, "import sys; print(sys.implementation.cache_tag)")
 
 
 def ask(python, code):
     return subprocess.run([python, "-c", code], stdout=subprocess.PIPE, check=True).stdout.decode().strip()
-
-
-def disguise(archive, path, tag):
-    """Copy an archive with this version's bytecode under the name of another's."""
-    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as copy:
-        names = [item.filename for item in source.infolist()]
-        if not any(tag in name for name in names):
-            raise Missed("%s has no bytecode for %s: %s" % (archive, tag, names))
-        for item in source.infolist():
-            data = source.read(item)
-            item.filename = item.filename.replace(tag, "another-version")
-            copy.writestr(item, data, item.compress_type)
 
 
 def build(python, scratch):
@@ -434,17 +345,6 @@ def build(python, scratch):
     subprocess.run(["sh", os.path.join(ROOT, "build_zipapp.sh"), "--python", python, "--output", path],
                    env=dict(os.environ, PYTHON=python), stdout=subprocess.DEVNULL, check=True)
     return path
-
-
-def machine():
-    """A line that says what this was measured on."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return "%s, %d cores, %s %s" % (name, os.cpu_count() or 0, platform.system(), platform.release())
 
 
 def show(rows):
@@ -458,9 +358,10 @@ def show(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="under a minute: fewer events, fewer rounds")
-    parser.add_argument("--python", default=sys.executable, help="runs floor and program (default: this one)")
+    parser.add_argument("--python", default=SYSTEM if os.path.exists(SYSTEM) else "python3",
+                        help="runs floor and program (default: %(default)s)")
     parser.add_argument("--archive", help="archive under test (default: built afresh)")
-    parser.add_argument("--only", default="", metavar="PART", help="start, imports, throughput or memory")
+    parser.add_argument("--only", default="", metavar="PART", help="start, throughput, connections or memory")
     options = parser.parse_args()
     sizes = QUICK if options.quick else FULL
     python = shutil.which(options.python) or parser.error("no such interpreter: " + options.python)
@@ -469,11 +370,11 @@ def main():
     begin = time.monotonic()
     missed = []
     with tempfile.TemporaryDirectory(prefix="packtrack-bench-") as scratch:
-        sink = Sink()
+        sink = Server("sink.py")
         try:
             archive = os.path.abspath(options.archive) if options.archive else build(python, scratch)
             bench = Bench(sizes, python, archive, scratch, sink)
-            for part in (bench.start, bench.imports, bench.throughput, bench.memory):
+            for part in (bench.start, bench.throughput, bench.connections, bench.memory):
                 if options.only in ("", part.__name__):
                     try:
                         part()
@@ -482,12 +383,10 @@ def main():
         finally:
             sink.close()
     version = ask(python, "import platform; print(platform.python_version())")
-    print("Python %s on %s; medians of %d (start) and %d%s" % (
-        version, machine(), sizes.starts, sizes.rounds,
+    print("Python %s, %d cores, %s; medians of %d (start) and %d%s\n" % (
+        version, os.cpu_count() or 0, platform.platform(), sizes.starts, sizes.rounds,
         "; --quick: fewer events and rounds" if options.quick else ""))
-    print()
     show(bench.rows)
-    print()
     for line in missed:
         print("FAILED " + line)
     print("took %d s" % (time.monotonic() - begin))

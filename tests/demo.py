@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""What `make demo` runs: demo.py ARCHIVE starts the stand-in of the service, sends one event from flags, a
-JSON array and an NDJSON stream through a pipe with a 503 on the way, and shows what arrived.
+"""What `make demo` runs: demo.py ARCHIVE starts a stand-in of the service, sends one event from flags, a JSON
+array, an NDJSON stream with a 503 on the way and the outcome of a command, and shows what arrives.
 
-Exits 1 if anything did not arrive as it should. Standard library only; Python 3.6 or newer.
+Exits 1 if anything does not arrive as it should. Standard library only; Python 3.6 or newer.
 """
+import functools
 import json
 import os
 import platform
@@ -11,94 +12,55 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 
 from standin import KEY, StandIn
 
 NUMBER = 5000
-WIDTH = 100
+WHO = "--source-system shop --workflow-id nightly --actor-type agent --actor-id a-42".split()
 
 
-def make_event(message, **fields):
+def make_event(message, **metadata):
     """A complete event, as the service stores it."""
-    result = {"timestamp": "2025-01-01T00:00:00Z", "source": {"system": "shop"},
-              "workflow": {"id": "nightly"}, "actor": {"type": "agent", "id": "a-42"},
-              "severity": "info", "status": "ok", "message": message}
-    result.update(fields)
-    return result
+    return {"timestamp": "2025-01-01T00:00:00Z", "source": {"system": "shop"}, "workflow": {"id": "nightly"},
+            "actor": {"type": "agent", "id": "a-42"}, "severity": "info", "status": "ok", "message": message,
+            "metadata": metadata}
 
 
-def show_command(words):
-    """A command as one would type it, folded."""
-    lines = [""]
-    for word in words:
-        word = word if word == "|" else shlex.quote(word)
-        if lines[-1] and len(lines[-1]) + len(word) > WIDTH - 8:
-            lines.append("")
-        lines[-1] += (" " if lines[-1] else "") + word
-    print("   $ " + " \\\n       ".join(lines))
-
-
-def show_arrival(server, since, code):
-    """The exit code and the requests since that one."""
-    requests = server.requests[since:]
-    print("   exit code %d; at the server:" % code)
-    shown = requests if len(requests) <= 6 else requests[:4] + [None] + requests[-1:]
-    for request in shown:
-        if request is None:
-            print("     ...  %d more of the same" % (len(requests) - 5))
-            continue
-        kind = "array of %d" % len(request.json) if isinstance(request.json, list) else "object"
-        print("     %s %s  %-12s %7d bytes%s  -> %s" % (
-            request.method, request.path, kind, len(request.raw_body),
-            " (gzip)" if "content-encoding" in request.headers else "", request.status))
-
-
-class Demo:
-    """The steps, and what was wrong with them."""
-
-    def __init__(self, archive, server, folder):
-        self.program = [sys.executable, archive]
-        self.server = server
-        self.folder = folder
-        self.wrong = []
-        self.environ = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "HOME": folder,
-                        "PACKTRACK_API_KEY": KEY, "PACKTRACK_BASE_URL": server.url}
-
-    def step(self, title, flags, expected, statuses, pipe=None):
-        """Run the program and compare what arrived with what should have."""
-        print("\n%s" % title)
-        show_command((["cat", pipe, "|"] if pipe else []) + ["packtrack-logger"] + flags)
-        records, requests = len(self.server.records), len(self.server.requests)
-        feeder = subprocess.Popen(["cat", pipe], cwd=self.folder, stdout=subprocess.PIPE) if pipe else None
-        process = subprocess.Popen(self.program + flags, cwd=self.folder, env=self.environ,
-                                   stdin=feeder.stdout if feeder else subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if feeder:
-            feeder.stdout.close()
-        try:
-            out, err = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-            self.wrong.append("%s: did not end in two minutes" % title)
-        if feeder:
-            feeder.wait()
-        for line in (out + err).decode("utf-8", "replace").splitlines():
-            print("   %s" % line)
-        show_arrival(self.server, requests, process.returncode)
-        arrived = self.server.records[records:]
-        good = arrived == expected
-        print("   %d of %d records arrived, %s" % (len(arrived), len(expected),
-                                                  "in order and unchanged" if good else "NOT AS THEY SHOULD"))
-        answered = [request.status for request in self.server.requests[requests:]]
-        if process.returncode != 0:
-            self.wrong.append("%s: exit code %d" % (title, process.returncode))
-        if not good:
-            self.wrong.append("%s: other records arrived than were sent" % title)
-        if answered != statuses:
-            self.wrong.append("%s: the server answered %s, not %s" % (title, answered, statuses))
-        if KEY.encode("ascii") in out + err:
-            self.wrong.append("%s: the API key was printed" % title)
+def perform(archive, server, folder, title, words, as_expected, statuses, pipe=None, code=0):
+    """Run the program; as_expected(records) judges what arrived. What was wrong, as a list."""
+    line = "cat %s | packtrack-logger " % pipe if pipe else "packtrack-logger "
+    line += " ".join(shlex.quote(word).replace(" ", "\0") for word in words)  # a word is not folded
+    lines = textwrap.wrap(line, 92, break_long_words=False, break_on_hyphens=False)
+    print("\n%s\n   $ %s" % (title, " \\\n       ".join(lines).replace("\0", " ")))
+    seen, before = len(server.records), len(server.requests)
+    env = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "HOME": folder, "PACKTRACK_API_KEY": KEY,
+           "PACKTRACK_BASE_URL": server.url}
+    with open(os.path.join(folder, pipe) if pipe else os.devnull, "rb") as source:
+        feeder = subprocess.Popen(["cat"], stdin=source, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, archive, *words], cwd=folder, env=env, stdin=feeder.stdout,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    feeder.stdout.close()
+    out, err = process.communicate()
+    feeder.wait()
+    for line in (out + err).decode("utf-8", "replace").splitlines():
+        print("   %s" % line)
+    requests, records = server.requests[before:], server.records[seen:]
+    print("   exit code %d; at the server:" % process.returncode)
+    lines = ["     %s %s  %-12s %7d bytes%s  -> %s" % (
+        one.method, one.path, "array of %d" % len(one.json) if isinstance(one.json, list) else "object",
+        len(one.raw_body), " (gzip)" if "content-encoding" in one.headers else "", one.status)
+        for one in requests]
+    if len(lines) > 6:
+        lines[4:-1] = ["     ...  %d more" % (len(lines) - 5)]
+    print("\n".join(lines))
+    good, answered = as_expected(records), [request.status for request in requests]
+    print("   records: %d, %s" % (len(records), "as expected" if good else "NOT AS EXPECTED"))
+    return ["%s: %s" % (title, why) for wrong, why in (
+        (process.returncode != code, "exit code %d" % process.returncode),
+        (not good, "other records arrived than should"),
+        (answered != statuses, "the server answered %s, not %s" % (answered, statuses)),
+        (KEY.encode("ascii") in out + err, "the API key was printed")) if wrong]
 
 
 def main(argv):
@@ -106,39 +68,33 @@ def main(argv):
     if len(argv) != 2 or not os.path.isfile(argv[1]):
         print("usage: demo.py ARCHIVE (make build makes dist/packtrack-logger.pyz)", file=sys.stderr)
         return 1
-    batches = NUMBER // 100
     # One event, one array, then a 503 for the stream's second batch.
-    script = [200, 200, 200, 503]
-    with tempfile.TemporaryDirectory() as folder, StandIn(script=script) as server:
-        print("%s on %s %s; the stand-in service listens on %s" % (
-            os.path.basename(argv[1]), platform.python_implementation(), platform.python_version(),
-            server.url))
-        print("environment: PACKTRACK_API_KEY (kept secret), PACKTRACK_BASE_URL=%s" % server.url)
-        demo = Demo(os.path.abspath(argv[1]), server, folder)
-        array = [make_event("step %d" % number, metadata={"cart_total": 123.45, "step": number})
-                 for number in (1, 2, 3)]
-        stream = [make_event("event %d" % number, metadata={"number": number})
-                  for number in range(1, NUMBER + 1)]
+    with tempfile.TemporaryDirectory() as folder, StandIn(script=[200, 200, 200, 503]) as server:
+        print("%s on Python %s; the stand-in service listens on %s" % (
+            os.path.basename(argv[1]), platform.python_version(), server.url))
+        one = make_event("checkout completed", cart_total=123.45)
+        array = [make_event("step %d" % number, step=number) for number in (1, 2, 3)]
+        stream = [make_event("event %d" % number, number=number) for number in range(NUMBER)]
         with open(os.path.join(folder, "events.json"), "w") as file:
             json.dump(array, file, indent=2)
         with open(os.path.join(folder, "events.ndjson"), "w") as file:
-            file.write("".join(json.dumps(one) + "\n" for one in stream))
-
-        demo.step("1. One event from flags", [
-            "--timestamp", "2025-01-01T00:00:00Z", "--source-system", "shop", "--workflow-id", "nightly",
-            "--actor-type", "agent", "--actor-id", "a-42", "--severity", "info", "--status", "ok",
-            "--message", "checkout completed", "--metadata", '{"cart_total":123.45}',
-        ], [make_event("checkout completed", metadata={"cart_total": 123.45})], [200])
-        demo.step("2. A file with a JSON array", ["--file", "events.json"], array, [200])
-        demo.step("3. %d events as NDJSON through a pipe, gzipped; the server fails once on the way" % NUMBER,
-                  ["--stdin", "--ndjson", "--gzip", "--json"], stream, [200, 503] + [200] * (batches - 1),
-                  pipe="events.ndjson")
-    wrong = demo.wrong + ["the server objected: %s" % why for why in server.checks]
-    print()
-    for line in wrong:
-        print("WRONG: %s" % line)
-    if not wrong:
-        print("All %d records arrived, each once." % len(server.records))
+            file.write("".join(json.dumps(each) + "\n" for each in stream))
+        command = ["sh", "-c", "exit 3"] if os.name == "posix" else [sys.executable, "-c", "exit(3)"]
+        step = functools.partial(perform, os.path.abspath(argv[1]), server, folder)
+        wrong = step("1. One event from flags", [
+            *WHO, "--timestamp", one["timestamp"], "--severity", "info", "--status", "ok", "--message",
+            one["message"], "--metadata", '{"cart_total": 123.45}'], [one].__eq__, [200])
+        wrong += step("2. A file with a JSON array", ["--file", "events.json"], array.__eq__, [200])
+        wrong += step(
+            "3. %d events as NDJSON through a pipe, gzipped; the server fails once on the way" % NUMBER,
+            ["--stdin", "--ndjson", "--gzip", "--json"], stream.__eq__,
+            [200, 503] + [200] * (NUMBER // 100 - 1), pipe="events.ndjson")
+        wrong += step(
+            "4. The outcome of a command, whose exit code stands", [*WHO, "--", *command],
+            lambda records: [each["metadata"]["exit_code"] for each in records] == [3], [200], code=3)
+    wrong += ["the server objected: %s" % why for why in server.checks]
+    print("\n" + ("\n".join("WRONG: %s" % line for line in wrong) or
+                  "All %d records arrived, each once." % len(server.records)))
     return 1 if wrong else 0
 
 

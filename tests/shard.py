@@ -1,6 +1,12 @@
-"""pytest -p shard: --sample 1/3 takes every third test; --shard 1/2 then shares those among two processes."""
+"""pytest -p shard: --sample 1/3 takes every third test; --claims FOLDER shares them with other processes.
 
+Each process that is given the same folder takes the next test that none has taken, so that all end together.
+"""
+
+import os
 import signal
+
+import pytest
 
 
 def pytest_configure():
@@ -13,28 +19,47 @@ def pytest_configure():
 
 def pytest_addoption(parser):
     """The options that say which part of the tests is ours."""
-    for name, about in (
-        ("--sample", "every OF-th test, from the N-th on, and those marked in_every_sample"),
-        ("--shard", "the N-th of OF shares of what is to be run"),
-    ):
-        parser.addoption(name, default="1/1", metavar="N/OF", help=about)
+    parser.addoption("--sample", default="1/1", metavar="N/OF",
+                     help="every OF-th test, from the N-th on, and those marked in_every_sample")
+    parser.addoption("--claims", metavar="FOLDER", help="share the tests with those given this folder")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is not ours. The README's tests build on one another and stay together."""
+    """Leave out what is not in the sample."""
     number, of = map(int, config.getoption("--sample").split("/"))
-    sample = [
-        item
-        for index, item in enumerate(items)
-        if index % of == number - 1 or item.get_closest_marker("in_every_sample")
-    ]
-    number, of = map(int, config.getoption("--shard").split("/"))
-    shares = [
-        0 if item.nodeid.startswith("tests/test_readme.py") else index % of
-        for index, item in enumerate(sample)
-    ]
-    mine = [item for item, share in zip(sample, shares) if share == number - 1]
+    mine = [item for index, item in enumerate(items)
+            if index % of == number - 1 or item.get_closest_marker("in_every_sample")]
     if len(mine) < len(items):
         kept = set(mine)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = mine
+
+
+def claim(items, folder):
+    """The items that this process is the first to want."""
+    os.makedirs(folder, exist_ok=True)
+    for index, item in enumerate(items):
+        try:
+            os.close(os.open(os.path.join(folder, str(index)), os.O_CREAT | os.O_EXCL))
+            yield item
+        except FileExistsError:
+            pass
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Run what can be claimed."""
+    folder = session.config.getoption("--claims")
+    if not folder or session.testsfailed or session.config.option.collectonly:
+        return None
+    items = claim(session.items, folder)
+    item = next(items, None)
+    while item is not None:
+        following = next(items, None)
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+        item = following
+    return True

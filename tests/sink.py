@@ -7,44 +7,36 @@ bodies are kept and counted only when the counts are asked for. It checks nothin
 
 GET /counts answers {"requests", "bytes", "records", "connections"} since the last time, and starts anew.
 """
-
+import collections
+import contextlib
 import json
 import socket
+import socketserver
 import sys
 import threading
 import zlib
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 MARK = b'"severity"'  # each event of the bench holds it once
+LOCK, PACKED = threading.Lock(), []
+counts = collections.Counter()
 
 
-class Counts:
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.clear()
-
-    def clear(self):
-        self.requests = self.bytes = self.records = self.connections = 0
-        self.packed = []
-
-    def take(self):
-        """Return the counts since the last call, as the body of an answer."""
-        with self.lock:
-            for body in self.packed:
-                self.records += zlib.decompress(body, 31).count(MARK)
-            counts = {"requests": self.requests, "bytes": self.bytes, "records": self.records,
-                      "connections": self.connections}
-            self.clear()
-        return json.dumps(counts).encode()
+def take():
+    """The counts since the last call, as an answer."""
+    with LOCK:
+        counts["records"] += sum(zlib.decompress(body, 31).count(MARK) for body in PACKED)
+        body = json.dumps({name: counts[name] for name in ("requests", "bytes", "records", "connections")})
+        counts.clear()
+        PACKED.clear()
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body.encode())
 
 
-def serve(connection, counts):
+def serve(connection):
     """Answer the requests of one connection until the client closes it."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    block = bytearray(1 << 20)
+    block, filled, first = bytearray(1 << 20), 0, True
     view = memoryview(block)
-    filled = 0
-    first = True
     while True:
         end = block.find(b"\r\n\r\n", 0, filled)
         while end < 0:
@@ -67,46 +59,33 @@ def serve(connection, counts):
                 return
             filled += got
         if head.startswith(b"get /counts "):
-            body = counts.take()
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            connection.sendall(take())
         else:
-            with counts.lock:  # taken before the answer, so that nobody reads the counts in between
+            with LOCK:  # taken before the answer, so that nobody reads the counts in between
                 connection.sendall(ANSWER)
-                counts.requests += 1
-                counts.bytes += length
-                counts.connections += first
+                counts["requests"] += 1
+                counts["bytes"] += length
+                counts["connections"] += first
                 if b"\r\ncontent-encoding: gzip" in head:
-                    counts.packed.append(bytes(view[start:start + length]))
+                    PACKED.append(bytes(view[start:start + length]))
                 else:
-                    counts.records += block.count(MARK, start, start + length)
+                    counts["records"] += block.count(MARK, start, start + length)
             first = False
         rest = filled - start - length
         block[:rest] = block[start + length:filled]
         filled = rest
 
 
-def converse(connection, counts):
-    with connection:
-        try:
-            serve(connection, counts)
-        except OSError:
-            pass  # a client that went away: the bench sees it in the counts
-
-
-def accept(listener, counts):
-    while True:
-        connection, _ = listener.accept()
-        threading.Thread(target=converse, args=(connection, counts), daemon=True).start()
-
-
-def main():
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(128)
-    print(listener.getsockname()[1], flush=True)
-    threading.Thread(target=accept, args=(listener, Counts()), daemon=True).start()
-    sys.stdin.buffer.read()
+class Handler(socketserver.BaseRequestHandler):
+    def handle(self):
+        with contextlib.suppress(OSError):  # a client that went away: the bench sees it in the counts
+            serve(self.request)
 
 
 if __name__ == "__main__":
-    main()
+    socketserver.ThreadingTCPServer.daemon_threads = True
+    socketserver.ThreadingTCPServer.request_queue_size = 128
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    print(server.server_address[1], flush=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdin.buffer.read()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A stand-in for the PackTrack service: keeps the wire contract, and breaks it on request.
 
     with StandIn(script=[503, 200]) as server:      # then `default` (200) for ever
@@ -6,281 +5,54 @@
         assert server.records == [...]
 
 Arguments of StandIn
-    script    an iterable of steps (may be endless); one is consumed for each request, in order of arrival.
-              Steps marked (at accept) below are consumed by the next connection, before anything is read;
-              on a kept connection by the next request's first bytes.
-    default   the step that is used when the script has run out
-    key       the API key that is accepted
-    tls       (certfile, keyfile): speak https
+    script    an iterable of steps, one for each request, in order of arrival. Steps that act at accept are
+              for the next connection, before anything is read; on a kept one for the next first bytes
+    default   the step that is used when the script has run out;  key  the API key that is accepted
+    tls       (certfile, keyfile): speak https; (certfile, keyfile, fault): with a fault of TLS_FAULTS
     strict    check what would get a 2xx as the service does: method and path (404), key (401), content type
               (415), encoding, JSON and schema (400), and answer that status instead; why goes to `checks`
-    prefix    path in front of /api/ingest and the health path
-    health    the health path, default /api/health
+    prefix    path in front of /api/ingest and the health path;  health  that path, default /api/health
     host      address to listen on, default 127.0.0.1; "::1" works too
-    port      default 0: any free port
-    record    path: the acknowledged records are appended to this file, one a line
+renew(...) takes script, default, key, strict, health anew and forgets all that was: one server, many tests.
 
-Steps
-    503                     a sane answer of this status with a small JSON body
-    Reply(status=200, reason=None, headers=(), body=b"{}", content_length="auto", close=False, delay=None)
-                            content_length: "auto", None (none is sent: the body ends with the connection) or
-                            the value to send. close: True says `Connection: close` and closes; "silently"
-                            closes without saying so. delay: seconds, or an Event that is waited for.
+Steps, in steps.py
+    503           a sane answer of this status with a small JSON body
+    Reply(...)    content_length: "auto", None (none is sent: the body ends with the connection) or the value
+                  to send. close: True says `Connection: close` and closes; "silently" closes without saying
+                  so. delay: seconds, or an Event that is waited for
     Raw(parts, then="close", records=False)
-                            parts: bytes, or an iterable of bytes (sent), numbers (pauses in seconds) and
-                            Events (waited for). then: "close" (FIN), "reset" (RST), "hang" (until the peer
-                            goes) or "keep" (serve the next request). records=True: counts as a 2xx.
+                  parts: bytes, or an iterable of bytes (sent), numbers (pauses in seconds) and Events (waited
+                  for). then: "close" (FIN), "reset" (RST), "hang" (until the peer goes) or "keep" (serve the
+                  next request). records=True: counts as a 2xx
     function(server, sock, request)
-                            does the rest of the connection itself; it is closed afterwards, unless the
-                            function returns "keep" or "reset". Helpers: server.acknowledge(request) (checks
-                            and records; returns the status), server.pause(seconds), server.hang(sock).
-    RESET_BEFORE            (at accept) RST before anything is read
-    CLOSE_BEFORE            (at accept) FIN before anything is read
-    SILENT_BEFORE           (at accept) reads nothing, says nothing; with tls the handshake hangs
-    RESET_AFTER             RST after the request was read
-    CLOSE                   FIN after the request was read, no answer
-    SILENT                  reads the request and never answers
-    HALF_HEADERS            FIN inside the headers of a 200
-    RESET_IN_HEADERS        RST inside the headers of a 200
-    DRIP_HEADERS            headers of a 200, a byte at a time, without end
-    ENDLESS_100             100 Continue without end
-    RECORD_THEN_RESET       records as a 2xx does, then RST without an answer
-    RECORD_THEN_CLOSE       records as a 2xx does, then FIN without an answer
-    EARLY_413               answers 413 after the headers, reads no body, resets
-  200 with complete headers (all of them record):
-    DRIP_BODY               the body a byte at a time, without end
-    BROKEN_BODY             FIN in the middle of the body
-    RESET_BODY              RST in the middle of the body
-    NEVER_ENDING_BODY       chunks without end, as fast as they are taken
-    SILENT_BODY             Content-Length, and no body ever
-    ENDLESS_TRAILERS        a chunked body whose trailers never end
-    DRIP_TRAILERS           the same, a byte at a time
-    SHORT_LENGTH            Content-Length smaller than the body
-    ABSURD_LENGTH           Content-Length of 30 digits
-    NEGATIVE_LENGTH         Content-Length: -5
-    WORD_LENGTH             Content-Length: many
-    BAD_CHUNK               a chunk size that is no number
-    HUGE_BODY               100 MB
-    GZIP_BOMB               Content-Encoding: gzip, 100 MB of zeros in 100 KB
-    HTML_BODY, GARBAGE_BODY, EMPTY_BODY
-  not HTTP, or too much of it:
-    BANNER                  SSH-2.0-...
-    HTTP_09                 HTML without any header
-    FOUR_DIGIT_STATUS       HTTP/1.1 2000 OK
-    LONG_HEADER             a header line of 70 KB
-    MANY_HEADERS            101 header lines
+                  does the rest of the connection itself; it is closed afterwards, unless the function returns
+                  "keep" or "reset". Helpers: acknowledge, pause and hang of the server
 
-Attributes: url, port, requests, records, raw_records, connections, checks, and
-    incomplete              requests that broke off: Request objects, with the body as far as it came
-    garbage                 what came in that is not HTTP (bytes)
-    handshakes              TLS handshakes that failed (exceptions)
-Request: method, path, headers, header_list, raw_body, body, json, events, status, connection, time.
-
-As a process of its own:
-    python standin.py --port-file F --script 503,200,RESET_AFTER --record F.ndjson --until-stdin-closes
+Attributes: url, port, requests, records, raw_records, connections, checks, and garbage: what came in that is
+not a whole HTTP request. Request: method, path, headers, raw_body, body, json, events, status, time.
 
 Standard library only; Python 3.6 or newer. Raw sockets, a thread for each connection.
 """
-import argparse
+import contextlib
 import gzip
 import http.client
 import json
-import os
 import re
 import selectors
-import signal
 import socket
 import ssl
 import struct
-import sys
 import threading
 import time
+import types
 import zlib
+
+from steps import TLS_FAULTS, Reply
 
 KEY = "pk-test-5ecre7-K3y-do-not-print"
 INGEST = "/api/ingest"
 HEALTH = "/api/health"
 MAX_HEAD = 1 << 20
-
-
-# ---- steps -----------------------------------------------------------------------------------------------
-
-class Reply:
-    """An HTTP answer."""
-
-    def __init__(self, status=200, reason=None, headers=(), body=b"{}", content_length="auto", close=False,
-                 delay=None):
-        self.status = status
-        self.reason = reason
-        self.headers = list(headers.items()) if isinstance(headers, dict) else list(headers)
-        self.body = body.encode("utf-8") if isinstance(body, str) else body
-        self.content_length = content_length
-        self.close = close
-        self.delay = delay
-
-    def head(self):
-        """The status line and the headers, as bytes."""
-        reason = self.reason
-        if reason is None:
-            reason = http.client.responses.get(self.status, "Unknown")
-        lines = ["HTTP/1.1 %s %s" % (self.status, reason)]
-        given = {name.lower() for name, _ in self.headers}
-        bodiless = self.status in (204, 304) or 100 <= self.status < 200
-        if not bodiless and self.body and "content-type" not in given:
-            lines.append("Content-Type: application/json")
-        lines += ["%s: %s" % pair for pair in self.headers]
-        if "content-length" not in given and "transfer-encoding" not in given and not bodiless:
-            if self.content_length == "auto":
-                lines.append("Content-Length: %d" % len(self.body))
-            elif self.content_length is not None:
-                lines.append("Content-Length: %s" % self.content_length)
-        if self.closes() and self.close != "silently" and "connection" not in given:
-            lines.append("Connection: close")
-        return "\r\n".join(lines).encode("utf-8", "surrogateescape") + b"\r\n\r\n"
-
-    def closes(self):
-        """Whether the connection ends with this answer."""
-        return bool(self.close) or self.content_length is None or 100 <= self.status < 200
-
-
-class Raw:
-    """Bytes to send instead of an answer."""
-
-    def __init__(self, parts, then="close", records=False, name="Raw"):
-        if then not in ("close", "reset", "hang", "keep"):
-            raise ValueError(then)
-        self.parts = parts
-        self.then = then
-        self.records = records
-        self.name = name
-
-    def __call__(self, server, sock, request):
-        parts = (self.parts,) if isinstance(self.parts, bytes) else self.parts
-        if callable(parts):
-            parts = parts()
-        for part in parts:
-            if isinstance(part, bytes):
-                sock.sendall(part)
-            else:
-                server.pause(part)
-        if self.then == "hang":
-            server.hang(sock)
-        return self.then
-
-
-class Fault:
-    """A named step: act(server, sock, request); `at` is "accept", "headers" or "request"."""
-
-    def __init__(self, name, act, records=False, at="request"):
-        self.name = name
-        self.act = act
-        self.records = records
-        self.at = at
-
-    def __call__(self, server, sock, request):
-        return self.act(server, sock, request)
-
-    def __repr__(self):
-        return self.name
-
-
-OK_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-
-
-def _repeat(first, part, pause):
-    def parts():
-        yield first
-        while True:
-            yield part
-            if pause:
-                yield pause
-    return parts
-
-
-def _huge():
-    yield OK_HEAD + b"Content-Length: 100000000\r\n\r\n"
-    block = b"x" * 100000
-    for _ in range(1000):
-        yield block
-
-
-def _bomb():
-    # Gzip members may be strung together: a hundred times a megabyte of zeros.
-    body = gzip.compress(bytes(1000000)) * 100
-    yield OK_HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
-    yield body
-
-
-def _say(text, then="close"):
-    return Raw(text, then)
-
-
-FAULTS = {}
-
-
-def _fault(name, act, records=False, at="request"):
-    FAULTS[name] = Fault(name, act, records, at)
-    return FAULTS[name]
-
-
-def _silent(server, sock, request):
-    server.hang(sock)
-
-
-RESET_BEFORE = _fault("RESET_BEFORE", lambda *_: "reset", at="accept")
-CLOSE_BEFORE = _fault("CLOSE_BEFORE", lambda *_: "close", at="accept")
-SILENT_BEFORE = _fault("SILENT_BEFORE", lambda server, sock, _: server.wait_closed(), at="accept")
-RESET_AFTER = _fault("RESET_AFTER", lambda *_: "reset")
-CLOSE = _fault("CLOSE", lambda *_: "close")
-SILENT = _fault("SILENT", _silent)
-HALF_HEADERS = _fault("HALF_HEADERS", _say(b"HTTP/1.1 200 OK\r\nContent-Ty"))
-RESET_IN_HEADERS = _fault("RESET_IN_HEADERS", _say(b"HTTP/1.1 200 OK\r\nContent-Ty", "reset"))
-DRIP_HEADERS = _fault("DRIP_HEADERS", Raw(_repeat(b"HTTP/1.1 200 OK\r\nX-Drip: ", b"a", 0.02)))
-ENDLESS_100 = _fault("ENDLESS_100", Raw(_repeat(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 20, 0.01)))
-RECORD_THEN_RESET = _fault("RECORD_THEN_RESET", lambda *_: "reset", records=True)
-RECORD_THEN_CLOSE = _fault("RECORD_THEN_CLOSE", lambda *_: "close", records=True)
-EARLY_413 = _fault("EARLY_413", _say(
-    b'HTTP/1.1 413 Request Entity Too Large\r\nContent-Length: 21\r\nConnection: close\r\n\r\n'
-    b'{"error":"too large"}', "reset"), at="headers")
-
-DRIP_BODY = _fault("DRIP_BODY", Raw(_repeat(OK_HEAD + b"Content-Length: 1000000\r\n\r\n", b" ", 0.02)), True)
-BROKEN_BODY = _fault("BROKEN_BODY", _say(OK_HEAD + b'Content-Length: 1000\r\n\r\n{"ids":['), True)
-RESET_BODY = _fault("RESET_BODY", _say(OK_HEAD + b'Content-Length: 1000\r\n\r\n{"ids":[', "reset"), True)
-NEVER_ENDING_BODY = _fault("NEVER_ENDING_BODY", Raw(_repeat(
-    OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"4000\r\n" + b"x" * 0x4000 + b"\r\n", 0)), True)
-SILENT_BODY = _fault("SILENT_BODY", _say(OK_HEAD + b"Content-Length: 10\r\n\r\n", "hang"), True)
-ENDLESS_TRAILERS = _fault("ENDLESS_TRAILERS", Raw(_repeat(
-    OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"X-Trailer: 1\r\n" * 20, 0.01)), True)
-DRIP_TRAILERS = _fault("DRIP_TRAILERS", Raw(_repeat(
-    OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX-Trailer: ", b"a", 0.02)), True)
-SHORT_LENGTH = _fault("SHORT_LENGTH", _say(OK_HEAD + b'Content-Length: 2\r\n\r\n{"ids":["too long"]}'), True)
-ABSURD_LENGTH = _fault("ABSURD_LENGTH", _say(OK_HEAD + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n{}"), True)
-NEGATIVE_LENGTH = _fault("NEGATIVE_LENGTH", _say(OK_HEAD + b"Content-Length: -5\r\n\r\n{}"), True)
-WORD_LENGTH = _fault("WORD_LENGTH", _say(OK_HEAD + b"Content-Length: many\r\n\r\n{}"), True)
-BAD_CHUNK = _fault("BAD_CHUNK", _say(
-    OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n"), True)
-HUGE_BODY = _fault("HUGE_BODY", Raw(_huge), True)
-GZIP_BOMB = _fault("GZIP_BOMB", Raw(_bomb), True)
-_HTML = b"<!DOCTYPE html><title>Welcome</title>"
-HTML_BODY = _fault("HTML_BODY", Raw(
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s" % (len(_HTML), _HTML),
-    "keep"), True)
-GARBAGE_BODY = _fault("GARBAGE_BODY", Raw(
-    OK_HEAD + b"Content-Length: 9\r\n\r\n\x00\xff\xfe\x80{[\x1b\r\n", "keep"), True)
-EMPTY_BODY = _fault("EMPTY_BODY", Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "keep"), True)
-
-BANNER = _fault("BANNER", _say(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n"))
-HTTP_09 = _fault("HTTP_09", _say(b"<html><body>It works</body></html>\n"))
-FOUR_DIGIT_STATUS = _fault("FOUR_DIGIT_STATUS", _say(b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\n{}"))
-LONG_HEADER = _fault("LONG_HEADER", _say(
-    OK_HEAD + b"X-Long: " + b"a" * 70000 + b"\r\nContent-Length: 2\r\n\r\n{}"))
-MANY_HEADERS = _fault("MANY_HEADERS", _say(
-    b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-Many-%d: 1\r\n" % n for n in range(100))
-    + b"Content-Length: 2\r\n\r\n{}"))
-
-
-# ---- what the service checks -----------------------------------------------------------------------------
-
 SCHEMA = {  # object: (required fields, optional fields)
     "": (("severity", "status", "message", "timestamp"), ()),
     "source": (("system",), ("env",)),
@@ -320,53 +92,30 @@ def check_schema(event):
     return None
 
 
-def _no_constant(name):
-    raise ValueError("%s is not JSON" % name)
-
-
-def parse_json(data):
-    """Strict JSON: UTF-8, no NaN; ValueError otherwise."""
-    return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
-
-
 def cut_records(body):
     """The records of a body (an object or an array of them) as the exact bytes of each."""
-    text = body.decode("utf-8")
-    decoder = json.JSONDecoder()
-    at = len(text) - len(text.lstrip(" \t\r\n"))
-    if text[at:at + 1] != "[":
-        return [text.strip(" \t\r\n").encode("utf-8")]
-    found = []
-    at += 1
-    while True:
-        while text[at] in " \t\r\n,":
-            at += 1
-        if text[at] == "]":
-            return found
-        end = decoder.raw_decode(text, at)[1]
-        found.append(text[at:end].encode("utf-8"))
-        at = end
+    text = body.decode("utf-8").strip(" \t\r\n")
+    if text[:1] != "[":
+        return [text.encode("utf-8")]
+    found, at, decoder, space = [], 1, json.JSONDecoder(), re.compile("[ \t\r\n,]*")
+    while text[space.match(text, at).end()] != "]":
+        start = space.match(text, at).end()
+        at = decoder.raw_decode(text, start)[1]
+        found.append(text[start:at].encode("utf-8"))
+    return found
 
 
 class Request:
     """One request, as it came."""
 
-    def __init__(self, method, path, version, header_list, connection):
-        self.method = method
-        self.path = path
-        self.version = version
-        self.header_list = header_list
+    def __init__(self, method, path, version, header_list):
+        self.method, self.path, self.version = method, path, version
+        self.names = [name.lower() for name, _ in header_list]
         self.headers = {}
-        for name, value in header_list:
-            name = name.lower()
+        for name, (_, value) in zip(self.names, header_list):
             self.headers[name] = self.headers[name] + ", " + value if name in self.headers else value
-        self.connection = connection
-        self.raw_body = b""
-        self.body = b""
-        self.json = None
-        self.encoding_error = None
-        self.json_error = None
-        self.status = None
+        self.raw_body = self.body = b""
+        self.json = self.wrong = self.status = None
         self.time = 0.0
 
     def __repr__(self):
@@ -387,80 +136,55 @@ class Request:
         """Take the body: decode it as far as that goes."""
         self.time = time.monotonic()
         self.raw_body = self.body = raw_body
-        encoding = self.headers.get("content-encoding")
-        if encoding == "gzip":
-            try:
+        encoding = self.headers.get("content-encoding", "gzip")
+        try:
+            if encoding != "gzip":
+                raise ValueError("unknown encoding " + encoding)
+            if "content-encoding" in self.headers:
                 self.body = gzip.decompress(raw_body)
-            except (OSError, EOFError, zlib.error) as error:
-                self.encoding_error = str(error)
-                return
-        elif encoding is not None:
-            self.encoding_error = "unknown encoding " + encoding
-            return
-        if self.body:
-            try:
-                self.json = parse_json(self.body)
-            except (ValueError, RecursionError) as error:
-                self.json_error = str(error)
+            if self.body:  # NaN is no JSON, and int() no friend of it
+                self.json = json.loads(self.body.decode("utf-8"), parse_constant=int)
+        except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+            self.wrong = "body: %s" % error
 
 
-class _Broken(Exception):
-    """The peer went away, or does not speak HTTP."""
+class _Broken(OSError):
+    pass
 
-
-# ---- the server ------------------------------------------------------------------------------------------
 
 class StandIn:
     """The stand-in server; see the top of the module. A context manager; start() and close() work too."""
 
     def __init__(self, script=(), default=200, key=KEY, tls=None, strict=True, prefix="", health=HEALTH,
-                 host="127.0.0.1", port=0, record=None):
-        self.default = default
-        self.key = key
-        self.strict = strict
-        self.prefix = prefix
-        self.health = health
-        self.requests = []
-        self.records = []
-        self.connections = 0
-        self.checks = []
-        self.incomplete = []
-        self.garbage = []
-        self.handshakes = []
-        self.on_request = None
-        self._script = iter(script)
-        self._peeked = []
-        self._bodies = []
-        self._raw_records = []
+                 host="127.0.0.1"):
+        self.prefix, self._closed, self._tls, self._sockets = prefix, False, None, {}
         self._changed = threading.Condition(threading.RLock())
-        self._stopping = threading.Event()
-        self._sockets = {}
-        self._record_file = open(record, "ab") if record else None
-        self._tls = None
+        self._forget(script, default, key, strict, health)
         if tls:
-            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if hasattr(ssl, "PROTOCOL_TLS_SERVER")
-                                       else ssl.PROTOCOL_TLS)
-            self._tls.load_cert_chain(*tls)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.socket(family, socket.SOCK_STREAM)
+            self._tls = ssl.SSLContext(getattr(ssl, "PROTOCOL_TLS_SERVER", ssl.PROTOCOL_TLS))
+            self._tls.load_cert_chain(*tls[:2])
+            for fault in tls[2:]:
+                TLS_FAULTS[fault](self._tls)
+        self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         try:
-            if os.name == "posix":
-                self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._listener.bind((host, port))
+            self._listener.bind((host, 0))
             self._listener.listen(512)
         except OSError:
             self._listener.close()
             raise
         self._listener.setblocking(False)
-        self.host = host
         self.port = self._listener.getsockname()[1]
         shown = "[%s]" % host if ":" in host else host
         self.url = "%s://%s:%d%s" % ("https" if tls else "http", shown, self.port, prefix)
         self._wake_read, self._wake_write = socket.socketpair()
         self._acceptor = threading.Thread(target=self._accept, name="standin-accept", daemon=True)
-        self._closed = False
 
-    # -- life
+    def _forget(self, script, default, key, strict, health):
+        self.default, self.key, self.strict, self.health = default, key, strict, health
+        self.requests, self.records, self.checks, self.garbage, self.connections = [], [], [], [], 0
+        self._script, self._peeked = iter(script), []
+        self._bodies, self._raw_records = [], []
+        self._stopping = threading.Event()
 
     def start(self):
         """Begin to accept connections."""
@@ -473,32 +197,34 @@ class StandIn:
     def __exit__(self, *exc_info):
         self.close()
 
+    def renew(self, script=(), default=200, key=KEY, strict=True, health=HEALTH):
+        """End every connection and begin anew with this script."""
+        self._end_connections()
+        with self._changed:
+            self._forget(script, default, key, strict, health)
+
     def close(self):
         """Stop: end every connection and wait for every thread."""
         if self._closed:
             return
         self._closed = True
-        self._stopping.set()
         self._wake_write.send(b"x")
-        if self._acceptor.ident is not None:
-            self._acceptor.join(10)
-        self._listener.close()
+        self._acceptor.join(10)
+        self._end_connections()
+        for sock in (self._listener, self._wake_read, self._wake_write):
+            sock.close()
+
+    def _end_connections(self):
         with self._changed:
+            self._stopping.set()
             threads = list(self._sockets)
             for sock in self._sockets.values():
-                _shut(sock)
-            self._changed.notify_all()
+                with contextlib.suppress(OSError):
+                    # Not SSLSocket.shutdown: it drops the TLS object under the feet of the thread that reads.
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
         for thread in threads:
             thread.join(10)
-        self._wake_read.close()
-        self._wake_write.close()
-        if self._record_file:
-            self._record_file.close()
-        left = [thread.name for thread in threads if thread.is_alive()]
-        if left:
-            raise AssertionError("stand-in: threads that did not end: %s" % left)
-
-    # -- for tests
+            assert not thread.is_alive(), "stand-in: a thread did not end"
 
     @property
     def raw_records(self):
@@ -510,14 +236,9 @@ class StandIn:
 
     def wait_for(self, condition, timeout=10, what="condition"):
         """Block until condition() is true; AssertionError after `timeout` seconds."""
-        end = time.monotonic() + timeout
         with self._changed:
-            while not condition():
-                left = end - time.monotonic()
-                if left <= 0:
-                    raise AssertionError("stand-in: waited %g s for %s; requests: %s" % (
-                        timeout, what, [request.status for request in self.requests]))
-                self._changed.wait(left)
+            assert self._changed.wait_for(condition, timeout), "stand-in: waited %g s for %s: %s" % (
+                timeout, what, self.requests)
 
     def wait_for_requests(self, number, timeout=10):
         """Block until `number` requests have arrived."""
@@ -527,21 +248,15 @@ class StandIn:
         """Block until `number` connections have been accepted."""
         self.wait_for(lambda: self.connections >= number, timeout, "%d connections" % number)
 
-    # -- for steps
-
     def pause(self, what):
-        """Wait that many seconds, or for that Event; cut short, with _Broken, when the server is closed."""
+        """Wait that many seconds, or for that Event; with _Broken when the server is closed."""
         if isinstance(what, (int, float)):
-            if self._stopping.wait(what):
-                raise _Broken("closing")
-            return
-        while not what.wait(0.02):
-            if self._stopping.is_set():
-                raise _Broken("closing")
-
-    def wait_closed(self):
-        """Wait until the server is closed, at most a minute."""
-        self._stopping.wait(60)
+            self._stopping.wait(what)
+        else:
+            while not what.wait(0.02) and not self._stopping.is_set():
+                pass
+        if self._stopping.is_set():
+            raise _Broken("closing")
 
     @staticmethod
     def hang(sock):
@@ -556,47 +271,31 @@ class StandIn:
             if why:
                 self.checks.append(why)
             elif request.method == "POST":
-                events = request.events
-                self.records += events
-                if events:
-                    self._bodies.append(request.body)
-                    if self._record_file:
-                        lines = [raw.replace(b"\n", b" ") + b"\n" for raw in cut_records(request.body)]
-                        self._record_file.write(b"".join(lines))
-                        self._record_file.flush()
+                self.records += request.events
+                self._bodies += [request.body] if request.events else []
         return status
 
     def _verdict(self, request):
         """(status, None) or (status, why not)."""
         path = re.sub("^https?://[^/]+", "", request.path)
         wanted = {"POST": self.prefix + INGEST, "GET": self.prefix + self.health}.get(request.method)
-        names = [name.lower() for name, _ in request.header_list]
         if wanted is None or path != wanted:
             return 404, "no such resource: %s %s" % (request.method, request.path)
         if request.headers.get("x-packtrack-key") != self.key:
             return 401, "the key is missing or wrong"
         for name in ("host", "user-agent", "content-length", "content-type", "idempotency-key"):
-            if names.count(name) > 1:
+            if request.names.count(name) > 1:
                 return 400, "header sent twice: %s" % name
-        if "host" not in names:
+        if "host" not in request.headers:
             return 400, "no Host header"
         if request.method == "GET":
             return 200, None
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             return 415, "content type is not application/json"
-        if request.encoding_error:
-            return 400, "encoding: %s" % request.encoding_error
-        if request.json_error or request.json is None:
-            return 400, "not JSON: %s" % request.json_error
-        if request.json == []:
-            return 400, "an empty batch"
-        for number, one in enumerate(request.events):
-            why = check_schema(one)
-            if why:
-                return 400, "event %d: %s" % (number, why)
-        return 200, None
-
-    # -- connections
+        if request.wrong or not request.events:
+            return 400, request.wrong or "no events"
+        why = next(filter(None, map(check_schema, request.events)), None)
+        return (400, why) if why else (200, None)
 
     def _next_step(self, at=None):
         """The next step of the script; with `at`, only if it is a fault of that stage, else None."""
@@ -612,9 +311,9 @@ class StandIn:
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
             selector.register(self._wake_read, selectors.EVENT_READ)
-            while not self._stopping.is_set():
+            while True:
                 selector.select()
-                if self._stopping.is_set():
+                if self._closed:
                     return
                 try:
                     sock, _ = self._listener.accept()
@@ -625,36 +324,25 @@ class StandIn:
                 step = self._next_step("accept")
                 with self._changed:
                     self.connections += 1
-                    thread = threading.Thread(target=self._serve, args=(sock, self.connections, step),
-                                              name="standin-%d" % self.connections, daemon=True)
+                    thread = threading.Thread(target=self._serve, args=(sock, step), daemon=True)
                     self._sockets[thread] = sock
-                    self._changed.notify_all()
-                try:
                     thread.start()
-                except RuntimeError:
-                    with self._changed:
-                        del self._sockets[thread]
-                    sock.close()
+                    self._changed.notify_all()
 
-    def _serve(self, sock, number, step):
+    def _serve(self, sock, step):
         thread = threading.current_thread()
         try:
             if step is not None:
-                self._end(sock, step(self, sock, None))
-                return
+                return _end(sock, step(self, sock, None))
             if self._tls:
                 with self._changed:
                     if self._stopping.is_set():
                         return
                     sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
                     self._sockets[thread] = sock
-                try:
-                    sock.do_handshake()
-                except (OSError, ValueError) as error:
-                    self.handshakes.append(error)
-                    return
-            self._converse(sock, number)
-        except (_Broken, OSError, ValueError):
+                sock.do_handshake()
+            self._converse(sock)
+        except (OSError, ValueError):
             pass
         finally:
             with self._changed:
@@ -662,28 +350,21 @@ class StandIn:
                 sock.close()
                 self._changed.notify_all()
 
-    def _converse(self, sock, number):
+    def _converse(self, sock):
         buffer = bytearray()
         while not self._stopping.is_set():
             if not buffer and not self._fill(sock, buffer):
                 return
             step = self._next_step("accept")
             if step is not None:
-                self._end(sock, step(self, sock, None))
-                return
-            request = self._read_head(sock, buffer, number)
+                return _end(sock, step(self, sock, None))
+            request = self._read_head(sock, buffer)
             step = self._next_step()
             if getattr(step, "at", None) != "headers":
                 self._read_body(sock, buffer, request)
             then = self._answer(sock, request, step)
             if then != "keep":
-                self._end(sock, then)
-                return
-
-    @staticmethod
-    def _end(sock, then):
-        if then == "reset":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return _end(sock, then)
 
     @staticmethod
     def _fill(sock, buffer):
@@ -691,67 +372,31 @@ class StandIn:
         buffer += data
         return bool(data)
 
-    def _read_head(self, sock, buffer, number):
-        while True:
-            end = buffer.find(b"\r\n\r\n")
-            if end >= 0:
-                break
+    def _read_head(self, sock, buffer):
+        while b"\r\n\r\n" not in buffer:
             if len(buffer) > MAX_HEAD or not buffer[:1].isalpha() or not self._fill(sock, buffer):
-                self.garbage.append(bytes(buffer[:4096]))
-                sock.sendall(Reply(400, close=True).head() + b"{}")
-                raise _Broken("not HTTP")
-        lines = bytes(buffer[:end]).decode("iso-8859-1").split("\r\n")
-        del buffer[:end + 4]
-        words = lines[0].split(" ")
-        if len(words) != 3 or not all(":" in line for line in lines[1:]):
-            self.garbage.append("\r\n".join(lines).encode("iso-8859-1"))
-            sock.sendall(Reply(400, close=True).head() + b"{}")
-            raise _Broken("not HTTP")
-        pairs = [line.split(":", 1) for line in lines[1:]]
-        header_list = [(name, value.strip(" \t")) for name, value in pairs]
-        return Request(words[0], words[1], words[2], header_list, number)
+                self._refuse(sock, buffer)
+        head, _, rest = bytes(buffer).partition(b"\r\n\r\n")
+        first, *lines = head.decode("iso-8859-1").split("\r\n")
+        if first.count(" ") != 2 or not all(":" in line for line in lines):
+            self._refuse(sock, buffer)
+        buffer[:] = rest
+        return Request(*first.split(" "), [(name, value.strip(" \t")) for name, _, value in (
+            line.partition(":") for line in lines)])
+
+    def _refuse(self, sock, buffer):
+        self.garbage.append(bytes(buffer))
+        sock.sendall(Reply(400, close=True).head() + b"{}")
+        raise _Broken("not HTTP")
 
     def _read_body(self, sock, buffer, request):
-        body = bytearray()
-        try:
-            if request.headers.get("expect", "").lower() == "100-continue":
-                sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            if "chunked" in request.headers.get("transfer-encoding", "").lower():
-                self._read_chunks(sock, buffer, body)
-            else:
-                length = int(request.headers.get("content-length", "0"))
-                self._take(sock, buffer, length, body)
-        except (_Broken, OSError, ValueError):
-            request.raw_body = request.body = bytes(body)
-            request.status = "incomplete"
-            with self._changed:
-                self.incomplete.append(request)
-                self._changed.notify_all()
-            raise
-        request.finish(bytes(body))
-
-    def _take(self, sock, buffer, length, body):
+        length = int(request.headers.get("content-length", "0"))
         while len(buffer) < length:
             if not self._fill(sock, buffer):
-                body += buffer
+                self.garbage.append(bytes(buffer))
                 raise _Broken("the body breaks off")
-        body += buffer[:length]
+        request.finish(bytes(buffer[:length]))
         del buffer[:length]
-
-    def _read_chunks(self, sock, buffer, body):
-        while True:
-            while b"\r\n" not in buffer:
-                if not self._fill(sock, buffer):
-                    raise _Broken("the body breaks off")
-            line, _, rest = bytes(buffer).partition(b"\r\n")
-            buffer[:] = rest
-            size = int(line.split(b";")[0], 16)
-            self._take(sock, buffer, size, body)
-            self._take(sock, buffer, 2, bytearray())
-            if not size:
-                return
-
-    # -- answers
 
     def _answer(self, sock, request, step):
         if isinstance(step, int):
@@ -759,26 +404,18 @@ class StandIn:
             if 200 <= step < 300:
                 text = {"accepted": len(request.events)}
             bodiless = step in (204, 205, 304) or 100 <= step < 200
-            step = Reply(step, body=b"" if bodiless else json.dumps(text).encode("ascii"))
+            step = Reply(step, body=b"" if bodiless else json.dumps(text))
         reply = step if isinstance(step, Reply) else None
-        if reply is not None:
-            request.status = reply.status
-            records = 200 <= reply.status < 300
-        else:
-            request.status = getattr(step, "name", getattr(step, "__name__", "step"))
-            records = getattr(step, "records", False)
-        if not request.time:
-            request.time = time.monotonic()
+        request.status = reply.status if reply else getattr(step, "name", "step")
+        records = 200 <= reply.status < 300 if reply else getattr(step, "records", False)
+        request.time = request.time or time.monotonic()
         if records:
             status = self.acknowledge(request)
             if status != 200:
                 request.status = status
-                why = json.dumps({"error": self.checks[-1]}).encode("ascii")
-                reply = Reply(status, body=why)
+                reply = Reply(status, body=json.dumps({"error": self.checks[-1]}))
         with self._changed:
             self.requests.append(request)
-            if self.on_request:
-                self.on_request(request)
             self._changed.notify_all()
         if reply is None:
             return step(self, sock, request) or "close"
@@ -788,81 +425,15 @@ class StandIn:
         return "keep" if request.keeps_alive and not reply.closes() else "close"
 
 
-def _shut(sock):
-    # Not SSLSocket.shutdown: it drops the TLS object under the feet of the thread that reads.
-    try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:
-        pass
+def _end(sock, then):
+    if then == "reset":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-class RefusedPort:
+@contextlib.contextmanager
+def RefusedPort():
     """A port of 127.0.0.1 that refuses connections for as long as this is open."""
-
-    def __init__(self):
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
-        self.url = "http://127.0.0.1:%d" % self.port
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self._socket.close()
-
-
-# ---- as a process ----------------------------------------------------------------------------------------
-
-def parse_script(text):
-    """`503,200,RESET_AFTER` as steps."""
-    return [int(word) if word.isdigit() else FAULTS[word] for word in text.split(",") if word]
-
-
-def main(argv=None):
-    """Run as a process of its own until TERM, INT or, where asked for, the end of standard input."""
-    parser = argparse.ArgumentParser(description="A stand-in for the PackTrack service.", allow_abbrev=False)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--port-file", help="the port is written to this file once the server listens")
-    parser.add_argument("--script", type=parse_script, default=[], help="503,200,RESET_AFTER,...")
-    parser.add_argument("--default", type=parse_script, default=[200], help="what follows the script (200)")
-    parser.add_argument("--key", default=KEY)
-    parser.add_argument("--lax", action="store_true", help="accept anything")
-    parser.add_argument("--prefix", default="")
-    parser.add_argument("--health", default=HEALTH)
-    parser.add_argument("--tls", nargs=2, metavar=("CERT", "KEY"))
-    parser.add_argument("--record", help="append the acknowledged records to this file, one a line")
-    parser.add_argument("--log", help="append a line of JSON for each request to this file")
-    parser.add_argument("--until-stdin-closes", action="store_true")
-    options = parser.parse_args(argv)
-
-    wake_read, wake_write = os.pipe()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os.write(wake_write, b"x"))
-    server = StandIn(options.script, options.default[0], options.key, options.tls, not options.lax,
-                     options.prefix, options.health, options.host, options.port, options.record)
-    if options.log:
-        def log(request):
-            line = {"method": request.method, "path": request.path, "status": str(request.status),
-                    "headers": request.headers, "bytes": len(request.raw_body), "events": len(request.events)}
-            with open(options.log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        server.on_request = log
-    if options.until_stdin_closes:
-        def watch():
-            while os.read(0, 65536):
-                pass
-            os.write(wake_write, b"x")
-        threading.Thread(target=watch, daemon=True).start()
-    with server:
-        if options.port_file:
-            with open(options.port_file + ".new", "w") as file:
-                file.write("%d\n" % server.port)
-            os.replace(options.port_file + ".new", options.port_file)
-        os.read(wake_read, 1)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+        yield types.SimpleNamespace(port=port, host="127.0.0.1:%d" % port, url="http://127.0.0.1:%d" % port)

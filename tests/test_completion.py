@@ -1,5 +1,4 @@
-"""Completion in the real shells: what Tab makes of a line, and what it lists."""
-
+"""Completion in the real shells, on a terminal: what Tab makes of a line, and what it lists."""
 import os
 import re
 import shutil
@@ -8,247 +7,122 @@ import subprocess
 import pytest
 
 import packtrack_logger
-from conftest import KEY
-from terminal import Terminal
 
 if os.name != "posix":
     pytest.skip("the shells run on POSIX systems", allow_module_level=True)
 
-SHELLS = ["bash", "zsh", "fish"]
-SEVERITIES = ["debug", "error", "info", "warn"]
-STATUSES = ["failed", "ok", "retrying", "skipped", "timeout", "unknown"]
+from terminal import Terminal
 
-# The command shows the words it was given; its end is spelt so that the echo of the line is not taken for it.
-SHOW = "packtrack-logger() { printf '<%s>' \"$@\"; printf 'E%s\\n' ND; }"
-# What each shell starts with, and where it reads it; `script` is the completion.
-RC = {
-    "bash": [
-        "bind 'set show-all-if-ambiguous on'",
-        "bind 'set bell-style none'",
-        "bind 'set enable-bracketed-paste off'",
-        "bind 'set completion-query-items 0'",
-        "bind 'set page-completions off'",
-        ". ./script",
-    ],
-    "zsh": [
-        "unsetopt beep promptsp",
-        "LISTMAX=0",
-        "fpath=($PWD/functions $fpath)",
-        "autoload -Uz compinit",
-        "compinit -u -D",
-    ],
-    "zsh-sourced": [
-        "unsetopt beep promptsp",
-        "LISTMAX=0",
-        "autoload -Uz compinit",
-        "compinit -u -D",
-        ". ./script",
-    ],
+# How each is started, and what it reads first.
+SHELLS = {
+    "bash": (["bash", "--noprofile", "--rcfile", "rc", "-i"], """
+        bind 'set show-all-if-ambiguous on'; bind 'set bell-style none'; bind 'set enable-bracketed-paste off'
+        bind 'set completion-query-items 0'; bind 'set page-completions off'
+        PS1='READY> '; . ./script; cd work"""),
+    "zsh": (["zsh", "-d", "-i"], """
+        unsetopt beep promptsp; LISTMAX=0; fpath=($PWD $fpath); PS1='READY> '
+        autoload -Uz compinit; compinit -u -D; cd work"""),
+    "zsh-sourced": (["zsh", "-d", "-i"], """
+        unsetopt beep promptsp; LISTMAX=0; PS1='READY> '
+        autoload -Uz compinit; compinit -u -D; . ./script; cd work"""),
+    "fish": (["fish", "--no-config", "-i", "-C", "source rc"], """
+        function fish_prompt; echo -n 'READY> '; end; function fish_right_prompt; end
+        set -g fish_greeting; set -g fish_autosuggestion_enabled 0; set -g fish_color_normal normal
+        source script; cd work"""),
 }
-ARGV = {"bash": ["bash", "--noprofile", "--rcfile", ".zshrc", "-i"], "zsh": ["zsh", "-d", "-i"]}
+PATHS = ["events.json", "my events.json"]
+COMMAND = "nightly-backup-command"
 
 
-def needs(shell):
-    """Skip the test by name where the shell is absent."""
+def plain(screen):
+    """A screen without the quoting of spaces, which differs by shell."""
+    return screen.replace("\\ ", " ").replace("'", "")
+
+
+@pytest.fixture(scope="module", params=sorted(SHELLS))
+def press(request, home, scratch):
+    """press(typed, awaited) on a new line; once awaited is seen: the line, and what is listed below it."""
+    shell, folder = request.param.split("-")[0], scratch / request.param
     if shutil.which(shell) is None:
         pytest.skip("no %s here" % shell)
+    script, (argv, rc) = packtrack_logger.completion(shell), SHELLS[request.param]
+    for name, text in {"script": script, "_packtrack-logger": script, "rc": rc + "\n", ".zshrc": rc + "\n",
+                       **{"work/" + name: "[]" for name in PATHS}, "bin/packtrack-logger": "#!/bin/sh\n",
+                       "bin/" + COMMAND: "#!/bin/sh\n"}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755 if name.startswith("bin/") else 0o644)
+    env = {"PATH": "%s:%s" % (folder / "bin", os.environ["PATH"]), "HOME": home, "ZDOTDIR": str(folder),
+           "TERM": "xterm", "INPUTRC": "/dev/null", "LC_ALL": "C.UTF-8"}
+    terminal = Terminal("job", argv, env, folder, columns=200, rows=60)
+    terminal.wait_for_screen("READY>")
 
+    def one(typed, awaited):
+        since = len(terminal.output)
+        terminal.type(b"\x15\x0c")
+        terminal.wait_for_screen("READY>", since)
+        terminal.type(b"packtrack-logger " + typed.encode("ascii"))
+        screen = terminal.wait_for_screen(awaited, since, plain)
+        first, _, rest = screen.partition("READY> packtrack-logger ")[2].partition("\n")
+        return first.rstrip(), re.sub("READY>.*", "", rest)
 
-@pytest.fixture
-def completion(run):
-    """completion(shell) -> the script."""
-
-    def ask(shell):
-        result = run("--completion", shell, key=False)
-        assert (result.code, result.err) == (0, "")
-        assert result.out.endswith("\n")
-        return result.out
-
-    return ask
-
-
-class Line:
-    """A shell at its prompt, with the completion loaded."""
-
-    def __init__(self, kind, script, home, folder):
-        (folder / "script").write_text(script)
-        (folder / "functions").mkdir()
-        (folder / "functions" / "_packtrack-logger").write_text(script)
-        work = folder / "work"
-        work.mkdir()
-        for name in ("events.json", "my events.json"):
-            (work / name).write_text("[]")
-        (folder / ".zshrc").write_text("\n".join([*RC[kind], SHOW, "cd work", "PS1='READY> '", ""]))
-        env = {
-            "PATH": os.environ["PATH"],
-            "HOME": home,
-            "TERM": "dumb",
-            "INPUTRC": "/dev/null",
-            "LC_ALL": "C.UTF-8",
-            "ZDOTDIR": str(folder),
-            "COLUMNS": "200",
-            "LINES": "50",
-        }
-        self.terminal = Terminal("job", ARGV[kind.split("-")[0]], env, folder)
-        self.seen = 0
-
-    def press(self, typed):
-        """The line, Tab, Enter: (what was on the screen before the command ran, the command's words)."""
-        self.terminal.wait_for(b"READY>", self.seen)
-        since = len(self.terminal.output)
-        self.terminal.type(typed.encode("ascii") + b"\t\r")
-        text = self.terminal.wait_for(b"END", since).decode("utf-8", "replace")
-        self.seen = self.terminal.output.index(b"END", since)
-        text = re.sub("\x1b\\[[0-9;?]*[A-Za-z]|[\x07\x0f]", "", text)
-        screen, shown = text[: text.index("<")], text[text.index("<") :]
-        return screen, re.findall("<([^>]*)>", shown)
-
-
-@pytest.fixture(scope="module", params=sorted(RC))
-def line(request, home, tmp_path_factory):
-    """A line to type on, again and again, in each shell that edits lines on a terminal."""
-    kind = request.param
-    shell = kind.split("-")[0]
-    needs(shell)
-    one = Line(kind, packtrack_logger.completion(shell), home, tmp_path_factory.mktemp("shell"))
+    one.shell = shell
     yield one
-    one.terminal.close()
+    terminal.close()
 
 
-@pytest.fixture
-def fish(completion, home, tmp_path):
-    """fish(line) -> the words that fish offers for it."""
-    needs("fish")
-    (tmp_path / "script").write_text(completion("fish"))
-    for name in ("events.json", "my events.json"):
-        (tmp_path / name).write_text("[]")
-
-    def ask(typed):
-        done = subprocess.run(
-            ["fish", "--no-config", "-c", ". ./script; complete -C '%s'" % typed],
-            env={"PATH": os.environ["PATH"], "HOME": home, "LC_ALL": "C.UTF-8"},
-            cwd=str(tmp_path),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            timeout=30,
-        )
-        assert (done.returncode, done.stderr) == (0, b"")
-        return sorted(one.split("\t")[0] for one in done.stdout.decode("utf-8").splitlines())
-
-    return ask
+def name_of(value):
+    """The id of a case."""
+    return value.replace(" ", "_") if isinstance(value, str) else ""
 
 
-# ---- the line --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("typed, result", [
+    ("--sev", "--severity"), ("--severity d", "--severity debug"), ("--status ret", "--status retrying"),
+    ("--completion z", "--completion zsh"), ("--file ev", "--file events.json"),
+    ("--file my", "--file my events.json"), ("--undelivered ev", "--undelivered events.json"),
+    ("--gzip --command-t", "--gzip --command-timeout"), ("--gzip -- nightly-b", "--gzip -- " + COMMAND),
+    ("-- %s ev" % COMMAND, "-- %s events.json" % COMMAND)], ids=name_of)
+def test_word(typed, result, press):
+    assert press(typed + "\t", result)[0] == result
 
 
-@pytest.mark.parametrize(
-    "typed, words",
-    [
-        ("--sev", ["--severity"]),
-        ("--severity d", ["--severity", "debug"]),
-        ("--status ret", ["--status", "retrying"]),
-        ("--completion z", ["--completion", "zsh"]),
-        ("--file ev", ["--file", "events.json"]),
-        ("--file my", ["--file", "my events.json"]),
-        ("--undelivered ev", ["--undelivered", "events.json"]),
-        ("--gzip --command-t", ["--gzip", "--command-timeout"]),
-    ],
-    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
-)
-def test_tab_completes_the_word(typed, words, line):
-    assert line.press("packtrack-logger " + typed)[1] == words
+@pytest.mark.parametrize("typed", [
+    "--timeout e", "--message e", "-- %s --sev" % COMMAND, "--no-g", "--no-j", "e"], ids=name_of)
+def test_nothing_is_known(typed, press):
+    # What is typed after the Tab shows that it has been dealt with.
+    assert press(typed + "\tXY", "XY") == (typed + "XY", "")
 
 
-@pytest.mark.parametrize(
-    "flag, words",
-    [
-        ("--severity", SEVERITIES),
-        ("--status", STATUSES),
-        ("--file", ["events.json", "my events.json"]),
-    ],
-)
-def test_tab_lists_the_values(flag, words, line):
-    screen, given = line.press("packtrack-logger %s " % flag)
-    listed = screen.split("packtrack-logger")[1]
-    for word in words:
-        # Shells show a blank in a name as it is, or quoted.
-        assert word in listed.replace("\\ ", " "), screen
-    others = set(re.findall("[a-z]+", listed)) - set(re.findall("[a-z]+", " ".join([flag, *words])))
-    assert not others, screen
-    assert given[0] == flag
+@pytest.mark.parametrize("typed, listed", [
+    ("--severity ", ["debug", "error", "info", "warn"]),
+    ("--status ", ["failed", "ok", "retrying", "skipped", "timeout", "unknown"]),
+    ("--completion ", ["bash", "fish", "zsh"]), ("--file ", PATHS), ("--n", ["--ndjson", "--no-flush"]),
+    ("--actor-", ["--actor-display", "--actor-id", "--actor-type"])], ids=name_of)
+def test_list(typed, listed, press):
+    screen = press(typed + "\t", listed[-1])[1]
+    for option in packtrack_logger.OPTIONS:
+        screen = screen.replace(plain(option.help), "")
+    assert set(screen.split()) - {"--", "()"} == set(" ".join(listed).split())
 
 
-def test_tab_on_dashes_lists_the_flags(line):
-    screen = line.press("packtrack-logger --a")[0]
-    assert {"--api-key", "--api-key-file", "--async", "--actor-id", "--actor-type", "--actor-display"} <= set(
-        re.findall("--[a-z-]+", screen)
-    )
+@pytest.mark.parametrize("flag", ["--severity", "--status", "--stdin", "--source-env", "--strict"])
+def test_help_is_listed(flag, press):
+    if press.shell == "bash":
+        pytest.skip("bash lists words only")
+    (text,) = re.findall(r"%s +(?:-- |\()(.{20})" % flag, press("--s\t", "--strict")[1])
+    assert packtrack_logger.BY_NAME[flag[2:]].help.startswith(text)
 
 
-# ---- fish says what it offers ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "typed, words",
-    [
-        ("--sev", ["--severity"]),
-        ("--severity ", SEVERITIES),
-        ("--severity d", ["debug"]),
-        ("--status ", STATUSES),
-        ("--completion ", ["bash", "fish", "zsh"]),
-        ("--file ", ["events.json", "my events.json", "script"]),
-    ],
-    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
-)
-def test_fish_offers_the_words(typed, words, fish):
-    offered = fish("packtrack-logger " + typed)
-    if typed == "--file ":
-        assert [one.replace("\\ ", " ") for one in offered] == words
-    else:
-        assert offered == words
-
-
-def test_fish_offers_no_files_where_a_word_is_asked_for(fish):
-    assert "events.json" not in fish("packtrack-logger --severity e")
-
-
-# ---- the scripts -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shell", SHELLS)
-def test_the_script_that_is_printed_is_that_of_the_module(shell, completion):
-    assert completion(shell) == packtrack_logger.completion(shell)
-
-
-@pytest.mark.parametrize("shell", SHELLS)
-def test_the_script_names_every_flag(shell, completion):
-    script = completion(shell)
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
+def test_script(shell, run, tmp_path):
+    result = run("--completion", shell, key=False, env={"PACKTRACK_SEVERITY": "loud", "LC_ALL": "C"})
+    assert (result.code, result.err, result.out) == (0, "", packtrack_logger.completion(shell))
     for option in packtrack_logger.OPTIONS:
         flag = "-l %s" % option.name if shell == "fish" else "--%s" % option.name
-        assert re.search(r"%s(?![\w-])" % re.escape(flag), script), flag
-
-
-@pytest.mark.parametrize("shell", SHELLS)
-def test_the_shell_finds_nothing_wrong_with_the_script(shell, completion, tmp_path):
-    needs(shell)
-    (tmp_path / "script").write_text(completion(shell))
-    done = subprocess.run(
-        [shell, "-n", "script"],
-        cwd=str(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=30,
-    )
+        assert re.search(r"%s(?![\w-])" % re.escape(flag), result.out), flag
+    if shutil.which(shell) is None:
+        pytest.skip("no %s here" % shell)
+    (tmp_path / "script").write_text(result.out)
+    done = subprocess.run([shell, "-n", "script"], cwd=str(tmp_path), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=30)
     assert (done.returncode, done.stdout) == (0, b"")
-
-
-@pytest.mark.parametrize("shell", SHELLS)
-def test_the_script_is_the_same_whatever_the_environment_holds(shell, run, completion):
-    env = {"PACKTRACK_SEVERITY": "loud", "PACKTRACK_FILE": "x", "PACKTRACK_API_KEY": KEY, "LC_ALL": "C"}
-    assert run("--completion", shell, env=env).out == completion(shell)
-
-
-def test_a_shell_that_is_not_known_is_1(run):
-    result = run("--completion", "tcsh")
-    assert (result.code, result.out) == (1, "")
-    assert "bash, zsh, fish" in result.err

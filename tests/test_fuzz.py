@@ -1,408 +1,329 @@
-"""Mutated input, random command lines, random answers: seeded, bounded, in this process for volume.
+"""Random input, servers, flags and signals; a small model of the design says what may come of them.
 
-FUZZ_SEED sets the seed, FUZZ_COUNT the number of mutations of a kind in the quick suite. A failure names
-its kind, seed and number; a past failure is kept in PAST.
+    FUZZ_SEEDS=4000         how many seeds `make test-full` goes through, the few of `make test` included
+    FUZZ_SEEDS=1234-1234    only these, in `make test`: what a failure names
 
-What holds: a documented exit code, no exception, no key in any output, an end within the time, an account
-that adds up; what is sent is valid (the stand-in objects otherwise); exit 0 means that everything was
-delivered; exit 1 and 4 without --async and --keep-going mean that nothing was.
+Runs are forked from a process that has imported the module, which is six times as fast; every EVERY-th is the
+program itself. A seed makes the same each time, save how the two sides are scheduled.
 """
+import collections
+import concurrent.futures
 import contextlib
-import gc
 import json
 import os
 import random
+import re
+import shutil
 import signal
-import sys
-import time
+import subprocess
+import threading
+import traceback
 
 import pytest
 
-from conftest import KEY, event, flags, ndjson
-from standin import RefusedPort, Reply, StandIn
+from conftest import FLAGS_OF_PYTHON, PYTHON, ROOT, Result, check_result, clean_environment, event
+from standin import StandIn, cut_records
+from steps import FAULTS, Reply, refuse_larger
 
-SEED = int(os.environ.get("FUZZ_SEED", "20251125"))
-QUICK = int(os.environ.get("FUZZ_COUNT", "100"))
-AMOUNTS = {"input": 9000, "argv": 6000, "answer": 5000}  # in all: 20,000
-LONGEST = 20  # seconds; nothing here has reason to take one
-FASTER = {"PACKTRACK_BACKOFF_INITIAL": "1ms", "PACKTRACK_BACKOFF_MAX": "2ms", "PACKTRACK_RETRIES": "1",
-          "PACKTRACK_TIMEOUT": "300ms", "PACKTRACK_FLUSH_INTERVAL": "1ms"}
+FIRST, _, LAST = os.environ.get("FUZZ_SEEDS", "4000").rpartition("-")
+QUICK = range(int(FIRST), int(LAST) + 1) if FIRST else range(300)
+FULL = range(300, 0 if FIRST else int(LAST))
+AT_ONCE, EVERY = 4, 25
+BOUND = 30  # seconds; a run has reason to take three
 
-
-class Outcome:
-    def __init__(self, code, out, err, seconds):
-        self.code, self.out, self.err, self.seconds = code, out, err, seconds
-        self.summary = None
-
-    def __repr__(self):
-        return "exit %r after %.2f s\n out: %s\n err: %s" % (self.code, self.seconds, self.out[-500:],
-                                                             self.err[-1500:])
-
-
-@pytest.fixture
-def call(capfd, monkeypatch, tmp_path):
-    """call(argv, env, stdin) -> Outcome: the program's main in this process, in an environment of its own."""
-    import packtrack_logger
-
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    kept, environ = os.dup(0), dict(os.environ)
-    capfd.readouterr()
-
-    def run(argv, env, stdin=b""):
-        path = tmp_path / "standard-input"
-        path.write_bytes(stdin)
-        with open(str(path), "rb") as file:
-            os.dup2(file.fileno(), 0)
-        os.environ.clear()
-        os.environ.update(env)
-        began = time.monotonic()
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(monkeypatch.context()).setattr(sys, "stdin", open(0, closefd=False))
-                code = packtrack_logger.main(list(argv))
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            os.environ.clear()
-            os.environ.update(environ)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            gc.enable()
-        seconds = time.monotonic() - began
-        sys.stdout.flush()
-        sys.stderr.flush()
-        return Outcome(code, *capfd.readouterr(), seconds)
-
-    yield run
-    os.dup2(kept, 0)
-    os.close(kept)
+# Reads [argv, environment, folder, standard input] a line; answers the process id, and how it ended.
+SERVE = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import gzip, hashlib, http.client, queue, random, tempfile, threading, urllib.request, packtrack_logger
+for line in iter(sys.stdin.readline, ""):
+    argv, environment, folder, source = json.loads(line)
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        print(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)
+        continue
+    answer = os.dup(1)
+    os.chdir(folder)
+    for number, path in enumerate((source, "out", "err")):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.write(answer, b"%d\\n" % os.getpid())
+    os.close(answer)
+    os._exit(packtrack_logger.main(argv))
+"""
 
 
-def environment(server, more=()):
-    return {"PATH": os.environ.get("PATH", ""), "PACKTRACK_API_KEY": KEY, "PACKTRACK_BASE_URL": server.url,
-            **FASTER,
-            **dict(more)}
+class Slot:
+    """Runs one seed at a time: a stand-in, and the process that forks."""
+    def __init__(self):
+        self.server = StandIn().start()
+        self.parent = subprocess.Popen([PYTHON, *FLAGS_OF_PYTHON, "-c", SERVE, str(ROOT)],
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
+
+    def begin(self, argv, environment, folder, source, program):
+        """Start; return the process id and the function that waits for its code (negative: a signal)."""
+        if program:
+            with open(source) as stdin, open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
+                process = subprocess.Popen([*program, *argv], stdin=stdin, stdout=out, stderr=err,
+                                           cwd=str(folder), env=environment)
+            return process.pid, process.wait
+        print(json.dumps([argv, environment, str(folder), str(source)]), file=self.parent.stdin, flush=True)
+        pid = int(self.parent.stdout.readline())
+        return pid, lambda: int(self.parent.stdout.readline())
 
 
-def check(outcome, argv, server, codes=(0, 1, 2, 3, 4), keeps=False):
-    """What holds for every run; the summary, if one was asked for."""
-    assert outcome.code in codes
-    assert KEY not in outcome.out + outcome.err
-    assert "Traceback" not in outcome.err
-    assert outcome.seconds < LONGEST
-    assert server.checks == [], "what is sent must be valid"
-    if "--json" in argv and outcome.out.strip():
-        summary = outcome.summary = json.loads(outcome.out.splitlines()[-1])
-        assert summary["read"] == summary["delivered"] + summary["undelivered"] + summary["invalid"]
-        assert summary["exit_code"] == outcome.code
-        if outcome.code == 0 and not keeps:
-            assert summary["read"] == summary["delivered"]
-        if outcome.code in (1, 4) and not {"--async", "--keep-going"} & set(argv):
-            assert summary["delivered"] == 0
-    return outcome.summary
+@pytest.fixture(scope="module")
+def slots():
+    made = [Slot() for _ in range(AT_ONCE)]
+    yield made
+    for slot in made:
+        slot.server.close()
+        slot.parent.communicate()
 
 
-@contextlib.contextmanager
-def told(kind, number, *what):
-    """Name the mutation that fails."""
-    try:
-        yield
-    except Exception as error:
-        raise AssertionError("FUZZ_SEED=%d, %s %d: %s\n%r" % (
-            SEED, kind, number, "\n".join(ascii(one)[:20000] for one in what), error)) from error
+CLOSES, GIVE_UP = Reply(200, close="silently"), Reply(529, headers=[("Retry-After", "99")])
+GOOD = [200, 200, 201, 204, Reply(200, delay=0.02), CLOSES, FAULTS["BROKEN_BODY"], FAULTS["GARBAGE_BODY"]]
+SHAKY = [429, 500, 503, Reply(503, headers=[("Retry-After", "0")]), *map(FAULTS.get, (
+    "RESET_AFTER", "CLOSE", "HALF_HEADERS", "RECORD_THEN_RESET", "RECORD_THEN_CLOSE", "BANNER"))]
+UNSEEN = [FAULTS["RESET_BEFORE"], FAULTS["CLOSE_BEFORE"]]  # no request tells of them
+HARSH = [400, 409, 422, 301, 401, 404, 413, 413, 413, GIVE_UP, *UNSEEN, *UNSEEN]
+SLOW = [FAULTS["SILENT"], FAULTS["STALLED_BODY"], FAULTS["DRIP_HEADERS"]]
+TEXTS = ["done", "Gr\u00fc\u00dfe \u2028 \U0001f4e6", "\\ \" \u0000 [{,", "x" * 400, "y" * 3000]
 
 
-def numbers(kind):
-    """The mutations of a kind: a few, and all of them in the full suite."""
-    few = QUICK // 2 if kind == "answer" else QUICK  # an answer that does not end takes its time
-    return pytest.mark.parametrize("span", [
-        pytest.param(range(few), id="seed %d" % SEED),
-        pytest.param(range(few, AMOUNTS[kind]), id="seed %d, all" % SEED, marks=pytest.mark.full),
-    ])
+class Plan:
+    """A run. items: [(mark, bytes, kind)]; kind: 0, valid as it is, 0.5, when completed, 1 or 4, refused with
+    that exit code, 9: with 4, and nobody can tell where the next one begins."""
+
+    def __init__(self, seed):
+        self.chance = random.Random(seed)
+        pick = self.pick = self.chance.choice
+        self.form = pick(["ndjson"] * 4 + ["array"] * 3 + ["object"])
+        (self.pipe, self.filled, self.streams, self.keep_going, self.keeps, self.no_flush, self.allow_empty,
+         self.verbose, self.slow) = [self.chance.random() < share for share in (
+             0.5, 0.5, 0.4, 0.4, 0.7, 0.2, 0.2, 0.1, 0.06)]
+        self.retries, self.batch, self.bytes = pick((0, 1, 2)), pick((1, 2, 3, 7, 100)), pick((10 ** 6, 700))
+        self.connections, self.deadline = pick((1, 1, 8)), pick((None,) * 5 + ("150ms", "1s"))
+        self.no_flush = self.no_flush and self.streams
+        self.signals = [(getattr(signal, pick(("SIGINT", "SIGTERM", "SIGHUP"))), self.chance.random() ** 4)
+                        for _ in range(pick((0, 0, 0, 1, 2)) if seed % EVERY else 0)]
+        self.hold = self.pipe and (self.signals or self.deadline) and pick((True, False))
+        self.calm = not (self.signals or self.deadline or self.slow)
+        share, bad = pick((0, 0.2, 0.6)), SHAKY * 2 + HARSH * pick((0, 1))
+        self.script = [pick(SLOW)] * self.slow + [
+            pick(bad if self.chance.random() < share else GOOD) for _ in range(pick((0, 4, 12)))]
+        self.default = pick([200] * 6 + [503, 400, 413, refuse_larger(pick((1, 3))), FAULTS["RESET_AFTER"]])
+        self.blind = any(step in UNSEEN for step in self.script)
+        self.items = []
+        self.data = self.make_input(pick((0, 0, 0.03, 0.15)), pick((0, 0.2)))
+        self.argv = ["--json", *(["--stdin"] if self.pipe else ["--file", "input"])]
+        for flag, value in {
+                "ndjson": self.form == "ndjson", "async": self.streams, "gzip": pick((0, 0, 1)),
+                "keep-going": self.keep_going, "no-flush": self.no_flush, "allow-empty": self.allow_empty,
+                "verbose": self.verbose, "batch-size": str(self.batch), "max-batch-bytes": str(self.bytes),
+                "connections": str(self.connections), "retries": str(self.retries),
+                "timeout": "500ms" if self.slow else "20s", "backoff-initial": "1ms", "backoff-max": "2ms",
+                "deadline": self.deadline, "undelivered": self.keeps and "left",
+                "source-system": self.filled and "cron", "flush-interval": pick(("1ms", "30ms", "10s")),
+                "queue-capacity": pick("13") + "00" * pick((0, 1)),
+                "idempotency-key": pick((None, "key", "auto"))}.items():
+            self.argv += ["--" + flag] * bool(value) + [value] * isinstance(value, str)
+
+    def make_input(self, wrong, lacking):
+        pick, lines = self.pick, self.form == "ndjson"
+        for number in range(1 if self.form == "object" else pick((0, 1, 2, 3, 10, 10, 30, 60))):
+            self.items.append(self.make_item("#%d#" % number, wrong, lacking))
+        raws = [raw for _, raw, _ in self.items]
+        if lines:
+            end, blank = pick((b"\n", b"\r\n")), pick((b"", b"", b"\n", b" \r\n\n"))
+            return pick((b"", b"\xef\xbb\xbf")) + (end + blank).join(raws) + pick((b"", end))
+        torn = wrong and pick((True, False))
+        if torn:
+            self.items.append(("#1#", b'{"m": "#1#"}', 9) if self.form == "object" else (None, b"", 9))
+        if self.form == "object":
+            return raws[0] + pick((b"", b"\n")) + self.items[-1][1] * bool(torn)
+        return b"[" + pick((b", ", b"\n,\n")).join(raws) + (b"" if torn else b"]\n")
+
+    def make_item(self, mark, wrong, lacking):
+        pick, drawn = self.pick, self.chance.random()
+        record = event(message=mark + " " + pick(TEXTS))
+        record.update(pick(({}, {}, {"metadata": {"n": 10 ** 30, "l": [1, {}]}}, {"extra": {"s": "]}"}})))
+        kind = 0.5 if drawn > 1 - lacking else 0
+        if kind:
+            del record[pick(("timestamp", "source")) if self.filled else "timestamp"]
+        flaw = drawn < wrong and pick(("severity", "unknown", "source", "utf-8", "text", "torn", "nan"))
+        if flaw in ("severity", "unknown", "source"):
+            record[flaw], kind = "wrong", 1
+        raw = json.dumps(record, indent=None if self.form == "ndjson" else pick((None, 1)),
+                         ensure_ascii=pick((True, False))).encode()
+        if not flaw or kind:
+            return mark, raw, kind
+        sign = mark.encode()
+        raw = {"utf-8": raw.replace(sign, sign + b"\xff"), "text": b'"%s"' % sign, "torn": raw[:-1].rstrip(),
+               "nan": raw[:-1] + b', "metadata": {"n": NaN}}'}[flaw]
+        return mark, raw, (
+            4 if self.form == "ndjson" or flaw == "utf-8" or flaw == "text" and self.form == "array" else 9)
+
+    def write(self, feed, over):
+        at = 0
+        with contextlib.closing(feed), contextlib.suppress(BrokenPipeError):
+            while at < len(self.data):
+                at += feed.write(self.data[at:at + self.pick((1, 50, 1000, 5000, 70000))])
+                over.wait(0.01 * self.chance.random() * self.pick((0, 0, 0, 0, 1)))
+            over.wait(BOUND if self.hold else 0)
 
 
-# ---- input -------------------------------------------------------------------------------------------------
-
-RICH = [
-    event(), event(message="Gr\u00fc\u00dfe \u2028 \U0001f4e6 \\ \" \n"),
-    event(metadata={"n": 10 ** 30, "d": 1.10, "l": [1, [2]]}),
-    event(source__env="prod", workflow__name="n", workflow__run_id="r", workflow__step_id="s",
-          actor__display_name="d",
-          extra={"a": {"b": None}}),
-    {key: value for key, value in event().items() if key not in ("timestamp", "source")},
-]
-BASES = [ndjson(RICH), ndjson(RICH[:2]).replace(b"\n", b"\r\n"), json.dumps(RICH).encode(),
-         json.dumps(RICH, indent=2).encode(),
-         json.dumps(RICH[1]).encode(), json.dumps(RICH[3], indent=1, ensure_ascii=False).encode(),
-         ndjson(RICH * 20)]
-TOKENS = [b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r\n", b"\x00", b"\xff", b"\xc3",
-          b"\xef\xbb\xbf", b"\\ud800", b"\\u0000",
-          b"NaN", b"-Infinity", b"1e999", b"-0", b"01", b"null", b"true", b"{}", b"[]", b"/*x*/", b"'", b" ",
-          b"\t", b"\x0b", b"\x0c",
-          b"\xe2\x80\xa8", b"\xc2\x85", b"9" * 5000, b"[" * 600, b'{"a":' * 600, b'"severity":"loud",',
-          b'"message":"",', b'"source":null,',
-          b'"metadata":[],', b'"timestamp":"0000-01-01T00:00:00Z",', b'"message":1,', b'"x":1,',
-          b'"extra":{"a":1},', b"x" * 70000]
-
-
-def mutate(data, chance, tokens=TOKENS):
-    """Flip, cut, double, insert, exchange: one to four times."""
-    data = bytearray(data)
-    for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        at = chance.randrange(len(data) + 1)
-        end = min(len(data), at + chance.choice((1, 2, 8, 100, 3000)))
-        how = chance.randrange(7)
-        if how == 0 and at < len(data):
-            data[at] ^= 1 << chance.randrange(8)
-        elif how == 1 and at < len(data):
-            data[at] = chance.randrange(256)
-        elif how == 2:
-            del data[at:end]
-        elif how == 3:
-            data[at:at] = data[at:end]
-        elif how == 4:
-            data[at:at] = chance.choice(tokens)
-        elif how == 5:
-            data[at:end] = chance.choice(tokens)
-        else:
-            del data[at:]
-    return bytes(data)
-
-
-def is_contained(part, whole):
-    """Whether a record arrived with all that it said (null says nothing)."""
-    if isinstance(part, dict) and isinstance(whole, dict):
-        return all(value is None or name in whole and is_contained(value, whole[name]) for name,
-                   value in part.items())
-    return type(part) is type(whole) and part == whole
-
-
-def make_input(number):
-    chance = random.Random("%d input %d" % (SEED, number))
-    base = chance.choice(BASES)
-    is_lines = base in (BASES[0], BASES[1], BASES[6])
-    argv = ["--json"] + ["--ndjson"] * (is_lines if chance.random() < 0.9 else not is_lines)
-    argv += chance.choice([[], [], ["--async"], ["--async", "--queue-capacity", "1"], ["--keep-going"],
-                           ["--async", "--keep-going"]])
-    argv += chance.choice([[], [], ["--batch-size", "1"], ["--batch-size", "3"],
-                           ["--max-batch-bytes", "400"]])
-    argv += chance.choice([[], [], [], ["--gzip"], ["--idempotency-key", "auto"], ["--verbose"]])
-    argv += chance.choice([["--source-system", "cron"], ["--source-system", "cron", "--workflow-id", "w",
-                                                         "--metadata",
-                                                         '{"k":[1]}', "--severity", "warn"], []])
-    data = mutate(base, chance) if chance.random() < 0.97 else base
-    return argv, data
-
-
-def check_input(outcome, argv, data, server, kept):
-    summary = check(outcome, argv, server)
-    got = server.records
-    assert summary["delivered"] == len(got)
-    if outcome.code in (1, 4) and not {"--async", "--keep-going"} & set(argv):
-        assert not server.requests
-    if outcome.code == 0:
-        text = data.decode("utf-8-sig")
-        if "--ndjson" in argv:
-            sent = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            sent = json.loads(text)
-            sent = sent if isinstance(sent, list) else [sent]
-        assert len(sent) == len(got)
-        assert all(map(is_contained, sent, got)), "records go out as they came"
-        assert kept == b""
+def play(seed, slot, folder, home, program):
+    plan, server, source = Plan(seed), slot.server, os.devnull
+    server.renew(script=plan.script, default=plan.default)
+    over, codes, threads = threading.Event(), [], []
+    if plan.pipe:
+        source = folder / "pipe"
+        os.mkfifo(str(source))
+        both, feed = os.open(str(source), os.O_RDWR), open(str(source), "wb", buffering=0)
+        threads.append(threading.Thread(target=plan.write, args=(feed, over)))
     else:
-        assert outcome.err
-        if "--ndjson" in argv and "--async" in argv and "--keep-going" in argv:
-            # One line of the input is one record: whatever was not delivered is in the file, as it came.
-            came = [line.strip(b" \t\r") for line in data.split(b"\n")]
-            came.append(came[0].lstrip(b"\xef\xbb\xbf").strip(b" \t\r"))
-            assert all(not line or line.strip(b" \t\r") in came for line in kept.split(b"\n"))
+        (folder / "input").write_bytes(plan.data)
+    pid, wait = slot.begin(plan.argv, clean_environment(home, {}, True, server), folder, source, program)
+    if plan.pipe:
+        os.close(both)
+    threads.append(threading.Thread(target=lambda: (codes.append(wait()), over.set())))
+    for thread in threads:
+        thread.start()
+    for number, seconds in [*plan.signals, (signal.SIGKILL, BOUND)]:
+        with contextlib.suppress(ProcessLookupError):
+            over.wait(seconds) or os.kill(pid, number)
+    for thread in threads:
+        thread.join()
+    requests, checks = server.requests, server.checks
+    server.renew()
+    (folder / "left").touch()
+    out, err, left = [(folder / name).read_bytes() for name in ("out", "err", "left")]
+    result = Result(plan.argv, codes[0], out, err, 0)
+    assert result.code != -signal.SIGKILL and not checks, "did not end, or: %s: %r" % (checks, result)
+    if result.code >= 0 or out or requests:  # else a signal came before there was a handler
+        check_result(result, plan.argv, None, (), True)
+        judge(plan, result, requests, left)
 
 
-@numbers("input")
-def test_mutated_input(span, call, run, tmp_path):
-    path, left = tmp_path / "input", tmp_path / "left"
-    for number in span:
-        argv, data = make_input(number)
-        path.write_bytes(data)
-        with contextlib.suppress(OSError):
-            left.unlink()
-        argv = argv + ["--undelivered", str(left)]
-        with told("input", number, argv, data), StandIn() as server:
-            if number % 100 == 7:
-                result = run(*argv, *(["--stdin"] if number % 200 == 7 else ["--file", path]), server=server,
-                             stdin=data if number % 200 == 7 else None, env=FASTER)
-                outcome = Outcome(result.code, result.out, result.err, result.seconds)
-            elif number % 5 == 0:
-                outcome = call(argv + ["--stdin"], environment(server), data)
-            else:
-                outcome = call(argv + ["--file", str(path)], environment(server))
-            check_input(outcome, argv, data, server, left.read_bytes() if left.exists() else b"")
+def verdict(status):
+    """What a status in the stand-in's list means: delivered, again, given up, split or final."""
+    if isinstance(status, str):
+        return "delivered" if FAULTS[status].records and "THEN" not in status else "again"
+    return ("delivered" if 200 <= status < 300 else "split" if status == 413 else "given up" if status == 529
+            else "again" if status == 429 or status >= 500 else "final")
 
 
-# ---- command lines -----------------------------------------------------------------------------------------
+def judge(plan, result, requests, left):
+    def claim(holds, what):
+        assert holds, "%s: %r\n script %s, then %s\n requests %s" % (
+            what, result, plan.script, plan.default, list(zip(marks, [one.status for one in requests])))
 
-JUNK = ["", "-", "--", "x", "-x", "0", "-1", "1_0", "\u0663", "nan", "inf", "1e9", "99999999999999999999",
-        "\udcff", "\u00e9", "\n", "a\r\nb: c",
-        "{", "[]", '{"a":1}', '{"a":NaN}', "\x00", "\x1b[31m", " ", "1h1h", "5", "1.5", ".5s", "100ms",
-        "true", "off", "%s%n{}", "a" * 300,
-        "[" * 600, "9" * 5000 + "s", KEY]
+    marks = [[int(one["message"].split("#")[1]) for one in request.events] for request in requests]
+    items, total, calm, lines = plan.items, result.summary, plan.calm, result.err.splitlines()
+    claim(all(line.startswith("packtrack-logger: ") for line in lines)
+          and [line for line in lines if ": error: " in line] == lines[-1:] * (result.code != 0)
+          and (plan.verbose or len(lines) <= bool(result.code) * (1 + 20 * plan.keep_going)), "what is said")
 
+    # What was read.
+    wrong = [number for number, item in enumerate(items) if item[2] >= 1]
+    reached = next((number + 1 for number in wrong if items[number][2] == 9), len(items))
+    rest_kept = plan.keeps and plan.pipe and not plan.streams
+    if wrong and not (plan.keep_going or rest_kept):
+        reached = wrong[0] + 1
+    read, invalid = total["read"], [number for number in wrong if number < total["read"]]
+    valid = set(range(read)) - set(invalid)
+    at_door = invalid and not (plan.streams or plan.keep_going)
+    claim(read <= reached and total["invalid"] == len(invalid), "counts what is invalid")
 
-def make_argv(number, options, urls, files):
-    """A command line from the option table, values from pools that hold right and wrong ones."""
-    chance = random.Random("%d argv %d" % (SEED, number))
-    good = {"api-key": ["key-of-nobody", KEY], "api-key-file": files, "base-url": urls,
-            "health-path": ["/api/health", "/x", "x"],
-            "file": files, "undelivered": ["left"], "output": ["out", "-"], "deadline": ["5s", "10s"],
-            "timeout": ["300ms", "1s"], "retries": ["0", "1", "2"], "backoff-initial": ["1ms"],
-            "backoff-max": ["2ms"],
-            "metadata": ['{"a":1}', "{}"], "extra": ['{"a":[]}'], "timestamp": ["2025-01-01T00:00:00Z"],
-            "command-timeout": ["5s"], "flush-interval": ["1ms"], "user-agent": ["a b"],
-            "jitter": ["0", "1", "0.5"]}
-    slow = {"timeout", "deadline", "backoff-initial", "backoff-max", "retries", "command-timeout",
-            "flush-interval"}
-    bad_slow = [value for value in JUNK if value not in ("5", "1.5", "1h1h", "1e9")]
+    # What came of it.
+    ends = [verdict(request.status) for request in requests]
+    taken = [number for some, end in zip(marks, ends) if end == "delivered" for number in some]
+    in_flight = 0 if calm else plan.connections * plan.batch
+    sent = {raw for request in requests for raw in cut_records(request.body)}
+    bodies = {(request.headers.get("idempotency-key"), request.body) for request in requests}
+    claim(valid.issuperset(number for some in marks for number in some), "what is sent was read and is valid")
+    claim(all(items[number][1] in sent for number in taken if not items[number][2]), "out as they came")
+    claim(all(len(some) <= plan.batch and (len(some) == 1 or len(request.body) <= plan.bytes)
+              for some, request in zip(marks, requests)), "the limits of a batch")
+    claim(len(bodies) == len({body for _, body in bodies}), "one body, one key")
+    claim(len(taken) - in_flight <= total["delivered"] <= len(taken), "counts what is delivered")
+    if calm:
+        claim((sorted(taken) if plan.connections > 1 else taken) == sorted(set(taken)), "once, and in order")
+        claim(plan.blind or CLOSES in plan.script or total["requests"] == len(requests), "counts requests")
+        claim(read == reached or plan.streams and total["undelivered"], "reads to the end")
+        claim(not (at_door and requests), "nothing is sent where one is invalid")
 
-    def value_of(option):
-        pool = good.get(option.name) or list(option.choices) or ["1", "3", "some text"]
-        if chance.random() < 0.9:
-            return chance.choice(pool)
-        return chance.choice(bad_slow if option.name in slow else JUNK)
+    # The exit code.
+    failures, batches = set(), collections.defaultdict(list)
+    for some, end, request in zip(marks, ends, requests):
+        batches[tuple(some)].append((end, request.status))
+    for some, attempts in batches.items():
+        end, again = attempts[-1][0], any("E" in str(status) for _, status in attempts)  # a connection broke
+        if end == "final" or end == "split" and len(some) == 1:
+            failures.add(2)
+        elif end in ("again", "given up"):
+            failures.add(3)
+        claim(len(attempts) <= plan.retries + 1 + again, "no attempt too many")
+        claim(end != "again" or not calm or plan.blind or len(attempts) > plan.retries, "retries")
+        ends_run = end == "final" and (not plan.keep_going or attempts[-1][1] in (401, 403, 404))
+        claim(plan.connections > 1 or not ends_run or tuple(marks[-1]) == some, "a failure ends the run")
+    faults = {min(items[number][2], 4) for number in (invalid if plan.keep_going else invalid[:1])}
+    if not (items or plan.allow_empty):
+        faults.add(4)
+    codes = {next((code for code in (2, 3, 4, 1) if code in failures | faults), 0)}
+    if not plan.keep_going:
+        codes = failures or codes
+    if plan.blind and total["undelivered"] and not at_door or not calm:
+        codes = codes | {3}
+    if not calm:
+        codes = codes | (faults or {0}) | {-number for number, _ in plan.signals}
+    claim(result.code in codes, "exit code one of %s" % codes)
+    claim(result.code or plan.no_flush or read == len(items) == total["delivered"], "0: all is delivered")
+    claim(result.code or plan.deadline or not plan.hold, "an input that does not end")
 
-    argv = flags() if chance.random() < 0.6 else []
-    for option in chance.sample(options, chance.choice((0, 1, 2, 3, 6))):
-        name = option.flag
-        if chance.random() < 0.1:
-            name = option.is_boolean and option.opposite or name[:-1]
-        if option.is_boolean:
-            argv.append(name if chance.random() < 0.95 else name + "=" + chance.choice(JUNK))
-        elif chance.random() < 0.5:
-            argv.append(name + "=" + value_of(option))
-        else:
-            argv += [name, value_of(option)]
-    if chance.random() < 0.03:
-        argv.insert(chance.randrange(len(argv) + 1), chance.choice(JUNK))
-    if chance.random() < 0.03:
-        chance.shuffle(argv)
-    env = {}
-    for option in chance.sample(options, chance.choice((0, 0, 1, 3))):
-        if option.name == "api-key" or not option.variable:
-            continue  # what stands in KEY's place would not be known as a secret
-        env[option.variable] = ("1" if option.is_boolean else value_of(option)).replace("\0", "")
-    if chance.random() < 0.05:
-        argv += ["--", *chance.choice([["true"], ["false"], ["sh", "-c", "exit 7"], ["/nonexistent/command"],
-                                       []])]
-    return argv, env
-
-
-@numbers("argv")
-def test_random_command_lines(span, call, run, tmp_path):
-    from packtrack_logger import OPTIONS
-    (tmp_path / "key").write_text("k\n")
-    (tmp_path / "events.ndjson").write_bytes(ndjson(RICH))
-    (tmp_path / "array.json").write_text(json.dumps(RICH))
-    (tmp_path / "bad.ndjson").write_bytes(ndjson(RICH[:1]) + b"{}\n")
-    files = ["key", "events.ndjson", "array.json", "bad.ndjson", "missing", "."]
-    with RefusedPort() as refused:
-        for number in span:
-            with StandIn(strict=False) as server:
-                urls = [server.url, server.url + "/prefix/", refused.url, "http://name.invalid", "ftp://x",
-                        "http://u:p@x"]
-                argv, env = make_argv(number, OPTIONS, urls[:3] if number % 50 else urls, files)
-                is_command = "--" in argv
-                codes = (0, 1, 2, 3, 4, 7, 126, 127) if is_command else (0, 1, 2, 3, 4)
-                own = argv[:argv.index("--")] if is_command else argv
-                keeps = any("dry-run" in word or "no-flush" in word for word in own) or {
-                    "PACKTRACK_DRY_RUN", "PACKTRACK_NO_FLUSH"} & set(env)
-                if {"--help", "--version", "-h", "-V"} & set(own) or "--completion" in " ".join(own):
-                    argv = [word for word in argv if word != "--json"]
-                with told("argv", number, argv, env):
-                    if number % 100 == 7 and not any("\0" in word for word in argv):
-                        words = [word.encode("utf-8", "surrogateescape") for word in argv]
-                        result = run(*map(os.fsdecode, words), server=server, cwd=tmp_path, allow_codes=codes,
-                                     env={**FASTER, **env})
-                        outcome = Outcome(result.code, result.out, result.err, result.seconds)
-                    else:
-                        outcome = call(argv, environment(server, env), ndjson(RICH))
-                    check(outcome, [] if is_command else argv, server, codes, keeps)
+    # What is kept, and what the failure line says of it.
+    missing = valid.difference(taken)
+    ranges = re.search(r"; not delivered: records? ([0-9, -]+)(?=$|;)", lines[-1] if lines else "")
+    if ranges:
+        pairs = [pair.split("-") for pair in ranges.group(1).split(", ")]
+        said = [number for pair in pairs for number in range(int(pair[0]) - 1, int(pair[-1]))]
+        claim(len(said) == total["undelivered"] and missing <= set(said) <= valid, "numbers of the records")
+    if rest_kept or plan.keeps and not at_door and (calm or requests):
+        found = {int(number) for number in re.findall(rb"#(\d+)#", left)}
+        whole = reached == read and (plan.keep_going or rest_kept)
+        missing.update(*[invalid, range(read, len(items) if whole else read)] * calm)
+        claim(found.issuperset(number for number in missing if items[number][0]), "kept: %s" % missing)
+        claim(len(found.intersection(taken)) <= in_flight, "nothing is delivered and kept: %s" % found)
+        raws = {raw.replace(b"\n", b" ") for _, raw, _ in items}
+        claim(wrong and items[reached - 1][2] == 9 or all(
+            line in raws or json.loads(line.decode()) for line in left.splitlines()), "kept as it came")
 
 
-# ---- answers -----------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("seeds", [
+    pytest.param(seeds[at:at + size], id="from %d" % seeds[at], marks=marks)
+    for seeds, size, marks in ((QUICK, 25, ()), (FULL, 200, pytest.mark.full))
+    for at in range(0, len(seeds), size)])
+def test_seeds(seeds, slots, tmp_path, home, argv_of):
+    free, failed = list(slots), []
 
-ANSWERS = [Reply(status, headers=[("Retry-After", "0"), ("Location", "http://127.0.0.1:9/")]).head() + b"{}"
-           for status in (200, 201, 204, 301, 400, 401, 413, 429, 500, 503)]
-ANSWERS += [
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX: y\r\n\r\n",
-    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
-    b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
-    b"HTTP/1.0 200 OK\r\n\r\nbody",
-    b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b\x08\x00",
-]
-ANSWER_TOKENS = [b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\0", b"\xff", b" ", b"\t", b":", b"HTTP/1.1 ",
-                 b"HTTP/1.1 200 OK\r\n", b"HTTP/9.9 ", b"200", b"413", b"-1",
-                 b"99999999999999999999999", b"9" * 5000, b"Content-Length: 5\r\n",
-                 b"Content-Length: -1\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
-                 b"Retry-After: 0\r\n", b"Retry-After: 99\r\n", b"Location: file:///etc/passwd\r\n",
-                 b"x" * 70000, b"X: y\r\n" * 110, b"ffffffffffffffff\r\n",
-                 KEY.encode(), b"\x1b[2J", b"\xe2\x80\xae", b"\xf0\x9f\x93\xa6", b"%s{}"]
+    def one(seed):
+        slot, folder = free.pop(), tmp_path / str(seed)
+        folder.mkdir()
+        try:
+            play(seed, slot, folder, home, None if seed % EVERY else argv_of())
+        except Exception:
+            failed.append("FUZZ_SEEDS={0}-{0}: {1}".format(seed, traceback.format_exc()))
+        shutil.rmtree(str(folder))
+        free.append(slot)
 
-
-def make_answer(number):
-    """Bytes for the first answer, those for each further one, and flags."""
-    chance = random.Random("%d answer %d" % (SEED, number))
-    first, second = (mutate(chance.choice(ANSWERS), chance, ANSWER_TOKENS) for _ in range(2))
-    argv = ["--json", "--retries", chance.choice("012")]
-    argv += chance.choice([[], [], ["--verbose"], ["--async"], ["--keep-going"], ["--health"],
-                           ["--health-enable"]])
-    argv += ["--stdin", "--ndjson", *chance.choice([[], ["--batch-size",
-                                                         "1"]])] if chance.random() < 0.5 else flags()
-    return argv, first, second, chance.random() < 0.05
-
-
-@numbers("answer")
-def test_random_answers(span, call, run):
-    for number in span:
-        argv, first, second, hangs = make_answer(number)
-        sent = []
-
-        def answer(server, sock, request, first=first, second=second, hangs=hangs, sent=sent):
-            data = second if sent else first
-            sent.append(data)
-            sock.sendall(data)
-            if hangs:
-                server.hang(sock)
-
-        with told("answer", number, argv, first, second, hangs), StandIn(default=answer) as server:
-            if number % 100 == 7:
-                result = run(*argv, server=server, stdin=ndjson(RICH[:3]), env=FASTER)
-                outcome = Outcome(result.code, result.out, result.err, result.seconds)
-            else:
-                outcome = call(argv, environment(server), ndjson(RICH[:3]))
-            codes = (0, 1) if "--health" in argv else (0, 2, 3)
-            summary = check(outcome, argv, server, codes)
-            if summary["delivered"]:
-                assert any(b"HTTP/1." in data and b" 2" in data for data in sent), "no answer said so"
-            if "--health" not in argv:
-                probes = 1 if "--health-enable" in argv else 0
-                assert len(server.requests) + len(server.incomplete) <= summary["requests"] + probes
-
-
-# ---- past failures -----------------------------------------------------------------------------------------
-
-LINE = ndjson([event()])
-PAST = [  # (id, flags, input, exit code, what --undelivered keeps)
-    ("a raw CR inside a string is not made a blank, which would be valid", ["--ndjson", "--keep-going"],
-     LINE + LINE.replace(b"done", b"do\rne"), 4, LINE.replace(b"done", b"do\rne")),
-]
-
-
-@pytest.mark.parametrize("argv, data, code, kept", [pytest.param(*row[1:], id=row[0]) for row in PAST])
-@pytest.mark.parametrize("mode", [(), ("--async",)], ids=["sync", "async"])
-def test_past_failure(mode, argv, data, code, kept, run, server, tmp_path):
-    path, left = tmp_path / "input", tmp_path / "left"
-    path.write_bytes(data)
-    result = run("--json", *argv, *mode, "--file", path, "--undelivered", left, server=server)
-    assert result.code == code, result
-    assert (left.read_bytes() if left.exists() else b"") == kept
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(one, seeds))
+    if failed:
+        pytest.fail("\n".join(sorted(failed)), pytrace=False)

@@ -1,21 +1,20 @@
 """How much do the tests notice? Changes the module in small ways and runs the tests of the changed line.
 
-    python tests/mutants.py [--count 300] [--seed 1] [--jobs 2] [--only SECTION] [--coverage] [TESTS...]
+    python tests/mutants.py [--count 300] [--seed 1] [--jobs 2] [--only SECTION] [--coverage] [FILES...]
 
---coverage says which lines and branches no test runs, and does no more; statements whose first line has a
-comment that names Windows or macOS are left out. Survivors that change nothing stand, with the reason, in
-mutants_equivalent.txt: blocks of a line that begins with #, the function, and the lines that go and come.
-Exit code 1: fewer than 90 % were noticed, or 85 % of a section; or lines that no test runs.
+--coverage only says which lines and branches no test runs, save statements whose first line has a comment
+that names Windows or macOS. Survivors that change nothing stand, with the reason, in mutants_equivalent.txt:
+blocks of a line that begins with #, the function, and the lines that go and come. Exit code 1: fewer than
+90 % were noticed, or 85 % of a section; or lines that no test runs.
 
-Everything happens in copies of the tree. Which lines each test runs is traced once for a state of module and
-tests, and kept in dist/. A mutant gets the tests of its line, those that have noticed others in its function
-first, then the fastest, until one fails or LONGEST is over. As a plugin of pytest (-p mutants) this file
-names the test that runs, or orders what is to be run.
+Everything happens in copies of the tree. Which lines each test runs is traced once and kept in dist/ until
+the module or the test's file changes. A mutant gets the tests of its line, first those that noticed others in
+its function, then the fastest, until one fails or LONGEST is over. As a plugin of pytest (-p mutants) this
+file notes which test runs, or says which are to be run.
 """
 import argparse
 import ast
 import concurrent.futures
-import contextlib
 import difflib
 import hashlib
 import json
@@ -41,9 +40,8 @@ NOT_HERE = re.compile(r"#.*\b(Windows|macOS)\b")
 # Imported by the copied module's first import: notes each new step from line to line in a mapped file, which
 # outlives a kill and needs no descriptor.
 LINETRACE = '''
-import mmap, os, struct, sys, threading, time
-HERE = os.path.dirname(os.path.abspath(__file__))
-SIZE = 4 << 14
+import mmap, os, sys, threading, time
+HERE, SIZE = os.path.dirname(os.path.abspath(__file__)), 4 << 14
 seen, at, log = set(), 0, bytearray(SIZE)
 def switch():
     global at, log
@@ -58,23 +56,21 @@ def switch():
             log = mmap.mmap(file.fileno(), 0)
     except (OSError, ValueError):
         log = bytearray(SIZE)
-def note(pair):
-    global at
-    seen.add(pair)
-    if at < SIZE:
-        log[at:at + 4] = struct.pack("<I", pair)
-        at += 4
 def tracer(frame, event, arg):
-    code = frame.f_code
-    if not code.co_filename.endswith("packtrack_logger.py"):
+    if not frame.f_code.co_filename.endswith("packtrack_logger.py"):
         return None
-    mask, before = 0 if code.co_name[0] == "<" and code.co_name != "<module>" else 65535, 0
+    name, before = frame.f_code.co_name, 0
+    mask = 0 if name[0] == "<" and name != "<module>" else 65535
     def local(frame, event, arg):
+        global at
         nonlocal before
         line = frame.f_lineno if event == "line" else 0
         pair = before & mask | line << 16
         if pair not in seen and event != "exception":
-            note(pair)
+            seen.add(pair)
+            if at < SIZE:
+                log[at:at + 4] = pair.to_bytes(4, "little")
+                at += 4
         before = line
         return local
     return local
@@ -95,20 +91,19 @@ OUTCOMES = {}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--mutants", help="the folder of what to run (pick), what runs (current), what came (times)")
+    parser.addoption("--mutants", type=pathlib.Path, help="the folder of pick, current and outcomes")
 
 
 def pytest_collection_modifyitems(config, items):
-    pick = pathlib.Path(config.getoption("--mutants"), "pick")
+    pick = config.getoption("--mutants") / "pick"
     if pick.exists():
-        order = {name: index for index, name in enumerate(json.loads(pick.read_text(encoding="utf-8")))}
-        items[:] = sorted((item for item in items if item.nodeid in order), key=lambda one: order[one.nodeid])
+        by_name = {item.nodeid: item for item in items}
+        items[:] = [by_name[name] for name in json.loads(pick.read_text(encoding="utf-8")) if name in by_name]
 
 
 def pytest_runtest_setup(item):
-    folder = pathlib.Path(item.config.getoption("--mutants"))
     OUTCOMES[item.nodeid] = ("skipped", 0)
-    (folder / "current").write_text(hashlib.sha256(item.nodeid.encode()).hexdigest())
+    (item.config.getoption("--mutants") / "current").write_text(digest(item.nodeid.encode()))
     if "linetrace" in sys.modules:
         sys.modules["linetrace"].switch()
 
@@ -119,8 +114,11 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    path = pathlib.Path(session.config.getoption("--mutants"), "times")
-    path.write_text(json.dumps(OUTCOMES), encoding="utf-8")
+    (session.config.getoption("--mutants") / "outcomes").write_text(json.dumps(OUTCOMES), encoding="utf-8")
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
 
 
 # ---- the module ------------------------------------------------------------------------------------------
@@ -131,6 +129,8 @@ class Module:
     def __init__(self, text):
         self.text, self.lines, self.tree = text, text.split("\n"), ast.parse(text)
         self.sections, self.left_out, name = [""], set(), "Head"
+        self.data = text.encode("utf-8")
+        self.starts = [0, *(match.end() for match in re.finditer(b"\n", self.data))]
         for line in self.lines:
             banner = re.match(r"# ---- ([^:\-]+)", line)
             name = banner.group(1).strip() if banner else name
@@ -147,14 +147,14 @@ class Module:
             if not isinstance(node, ast.stmt) or first in self.left_out:
                 continue
             no_code = isinstance(node, (ast.Global, ast.Nonlocal, ast.Try)) or node.col_offset == 0 or (
-                isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+                isinstance(getattr(node, "value", None), ast.Constant) and isinstance(node, ast.Expr))
             end = node.body[0].lineno if hasattr(node, "body") else node.end_lineno + 1
             if not run.intersection(range(first, max(end, first + 1))):
                 missing += [(first, "is not run")] * (not no_code)
             elif isinstance(node, (ast.If, ast.While, ast.For)) and node.body[0].lineno > first:
                 test = getattr(node, "test", getattr(node, "iter", None))
                 span = range(first, test.end_lineno + 1)
-                ends = {to == node.body[0].lineno for before, to in steps if before in span and to not in span}
+                ends = {to == node.body[0].lineno for at, to in steps if at in span and to not in span}
                 missing += [(first, "is never %s" % str(taken).lower()) for taken in (True, False)
                             if taken not in ends and not isinstance(test, ast.Constant)]
         for line, what in sorted(missing):
@@ -173,30 +173,22 @@ class Module:
         return {node.lineno for node in ast.walk(self.tree) if getattr(node, "col_offset", 0) > 0
                 and (getattr(node, "id", None) in names or getattr(node, "attr", None) in names)}
 
-    def mutations(self):
-        """(line, changed text, function) of every change that can be made."""
-        data, starts = self.text.encode("utf-8"), [0]
-        for line in data.split(b"\n"):
-            starts.append(starts[-1] + len(line) + 1)
+    def mutations(self, node=None, function="module"):
+        """(line, start, end, new source, function) of every change; start and end in bytes."""
+        for child in ast.iter_child_nodes(node or self.tree):
+            if isinstance(child, ast.JoinedStr) or getattr(child, "lineno", 0) in self.left_out:
+                continue
+            inner = child.name if isinstance(child, ast.FunctionDef) else function
+            for new in changes(child, lambda one: self.data[slice(*self.span(one))].decode("utf-8")):
+                yield (child.lineno, *self.span(child), new, inner)
+            yield from self.mutations(child, inner)
 
-        def span(node):
-            return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+    def span(self, node):
+        return (self.starts[node.lineno - 1] + node.col_offset,
+                self.starts[node.end_lineno - 1] + node.end_col_offset)
 
-        def walk(node, function):
-            for child in ast.iter_child_nodes(node):
-                if isinstance(child, ast.JoinedStr) or getattr(child, "lineno", 0) in self.left_out:
-                    continue
-                inner = child.name if isinstance(child, ast.FunctionDef) else function
-                for new in changes(child, lambda one: data[slice(*span(one))].decode("utf-8")):
-                    start, end = span(child)
-                    yield child.lineno, (data[:start] + new.encode("utf-8") + data[end:]).decode("utf-8"), inner
-                yield from walk(child, inner)
-
-        for line, changed, function in walk(self.tree, "module"):
-            with contextlib.suppress(SyntaxError):
-                ast.parse(changed)
-                if changed != self.text:
-                    yield line, changed, function
+    def changed(self, start, end, new):
+        return (self.data[:start] + new.encode("utf-8") + self.data[end:]).decode("utf-8")
 
 
 OTHER = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
@@ -222,7 +214,8 @@ def changes(node, source):
             isinstance(one, ast.Starred) for one in node.args):
         words = [source(one) for one in node.args] + [
             ("%s=" % one.arg if one.arg else "**") + source(one.value) for one in node.keywords]
-        yield "%s(%s)" % (source(node.func), ", ".join([words[1], words[0], *words[2:]]))
+        if words[0] != words[1]:
+            yield "%s(%s)" % (source(node.func), ", ".join([words[1], words[0], *words[2:]]))
     elif isinstance(node, ast.Return) and node.value is not None and source(node) != "return None":
         yield "return None"
     elif isinstance(node, (ast.Raise, ast.AugAssign, ast.Continue, ast.Break)) or (
@@ -255,18 +248,18 @@ class Tree:
             [*alone, "true"], stderr=subprocess.DEVNULL).returncode == 0 else []
 
     def run(self, text, pick, *arguments, timeout=None):
-        """Run tests on this text of the module; {test: (outcome, seconds)}, or None: they had to be ended."""
+        """Run tests on this text of the module; {test: (outcome, seconds)}. To be ended is to have failed."""
         (self.folder / MODULE).write_text(text, encoding="utf-8")
         self.stamp += 2  # so that no cache is taken for it
         os.utime(str(self.folder / MODULE), (self.stamp, self.stamp))
-        for name, content in (("pick", pick), ("times", {"tests": ("failed", 0)})):
-            if content:
-                (self.notes / name).write_text(json.dumps(content), encoding="utf-8")
+        (self.notes / "outcomes").write_text('{"all": ["failed", 0]}')
+        if pick:
+            (self.notes / "pick").write_text(json.dumps(pick), encoding="utf-8")
+            arguments += tuple({name.split("::")[0] for name in pick})
         tests = str(self.folder / TESTS.name)
         process = subprocess.Popen(
-            [*self.alone, sys.executable, "-m", "pytest", "-q", "-m", "not full", "-p", "shard", "-p", "mutants",
-             "-c", ".pytest.ini", "--rootdir", ".", "-o", "pythonpath=. " + tests, "--mutants", str(self.notes),
-             *arguments, *(sorted({name.split("::")[0] for name in pick}) if pick else [])],
+            [*self.alone, sys.executable, "-m", "pytest", "-m", "not full", "-p", "shard", "-p", "mutants",
+             "-o", "pythonpath=. " + tests, "--mutants", str(self.notes), *arguments],
             cwd=str(self.folder), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PROGRAM_FORMS": "py", "PYTHONPATH": tests, "PYTHONDONTWRITEBYTECODE": "1"})
@@ -275,8 +268,7 @@ class Tree:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return None
-        return json.loads((self.notes / "times").read_text(encoding="utf-8"))
+        return json.loads((self.notes / "outcomes").read_text(encoding="utf-8"))
 
     def trace(self, text, claims, selection):
         """Run a share of the tests with linetrace; {test: (outcome, seconds, steps)}."""
@@ -291,16 +283,17 @@ class Tree:
                 if pair == (0, 0):
                     break
                 known.add(pair)
-        return {name: (*outcome, sorted(steps.get(hashlib.sha256(name.encode()).hexdigest(), ())))
-                for name, outcome in outcomes.items() if "::" in name}
+        return {name: (*outcome, sorted(steps.get(digest(name.encode()), ())))
+                for name, outcome in outcomes.items() if name != "all"}
 
 
 def learn(text, trees, pool, tests):
     """What trace() found of these files in this state of module and tests: kept in dist/, or found now."""
     kept = ROOT / "dist" / "mutants.json"
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    common = b"".join(path.read_bytes() for path in sorted(TESTS.glob("*.py")) if path.name[:5] != "test_")
-    keys = {test: hashlib.sha256(text.encode() + common + (ROOT / test).read_bytes()).hexdigest() for test in tests}
+    common = [TESTS / name for name in ("conftest.py", "cases.py", "standin.py", "steps.py")]
+    keys = {test: digest(b"".join(path.read_bytes() for path in (ROOT / MODULE, *common, ROOT / test)))
+            for test in tests}
     new = [test for test in tests if keys[test] not in known]
     if new:
         claims = str(trees[0].notes / "claims")
@@ -310,7 +303,7 @@ def learn(text, trees, pool, tests):
         if not all(keys[test] in known for test in new):
             sys.exit("not every file ran: does pytest collect them?")
         kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(known), encoding="utf-8")
+        kept.write_text(json.dumps({key: known[key] for key in keys.values()}), encoding="utf-8")
     return {name: found for test in tests for name, found in known.get(keys[test], {}).items()}
 
 
@@ -328,11 +321,10 @@ def main():
         trees = [Tree(os.path.join(folder, str(number))) for number in range(options.jobs)]
         found = learn(module.text, trees, pool, options.tests or sorted(
             "%s/%s" % (TESTS.name, path.name) for path in TESTS.glob("test_*.py")))
-        failed = [name for name, (outcome, _, _) in found.items() if outcome == "failed"]
-        print("%d tests\n" % len(found) + "".join("fails without a mutant, is left out: %s\n" % name
-                                                  for name in sorted(failed)), end="", flush=True)
+        print("%d tests" % len(found), *sorted("fails without a mutant, and is left out: " + name
+              for name in found if found[name][0] == "failed"), sep="\n", flush=True)
         if options.coverage:
-            return module.report_coverage({tuple(step) for _, _, steps in found.values() for step in steps}) > 0
+            return module.report_coverage({tuple(step) for one in found.values() for step in one[2]}) > 0
         return run_mutants(options, module, trees, pool, {
             name: (seconds, {line for _, line in steps}) for name, (outcome, seconds, steps) in found.items()
             if outcome == "passed" and steps})
@@ -341,14 +333,14 @@ def main():
 def run_mutants(options, module, trees, pool, tests):
     """Try the mutants; print survivors and the score."""
     found = [one for one in module.mutations() if options.only.lower() in module.sections[one[0]].lower()]
-    chosen = random.Random(options.seed).sample(found, min(options.count, len(found)))
+    random.Random(options.seed).shuffle(found)
     text = EQUIVALENT.read_text(encoding="utf-8") if EQUIVALENT.exists() else ""
     known = {block.split("\n", 1)[1].strip() for block in text.strip().split("\n\n") if "\n" in block}
     kills, score, survivors, began = {}, {}, 0, time.monotonic()
 
     def attempt(one):
-        line, changed, function = one
-        lines = {line}
+        line, start, end, new, function = one
+        lines, changed = {line}, module.changed(start, end, new)
         if sum(line in ran for _, ran in tests.values()) > 0.9 * len(tests):  # runs at import
             lines = module.uses(line) or lines
         names, total, picked = [name for name, (_, ran) in tests.items() if lines & ran], 0.0, []
@@ -359,19 +351,19 @@ def run_mutants(options, module, trees, pool, tests):
                 break
             picked.append(name)
         if not picked:
-            return one, "is not run by any test"
+            return line, changed, function, "is not run by any test"
         tree = trees.pop()
         try:
             outcomes = tree.run(changed, picked, "-x", timeout=20 + 3 * total)
         finally:
             trees.append(tree)
-        bad = [name for name, (outcome, _) in (outcomes or {"": ("failed", 0)}).items() if outcome == "failed"]
+        bad = [name for name, (outcome, _) in outcomes.items() if outcome == "failed"]
         for name in bad:
             kills[function, name] = kills.get((function, name), 0) + 1
             kills[name] = kills.get(name, 0) + 1
-        return one, None if bad else "survives %d of %d tests" % (len(picked), len(names))
+        return line, changed, function, None if bad else "survives %d of %d tests" % (len(picked), len(names))
 
-    for (line, changed, function), survived in pool.map(attempt, chosen):
+    for line, changed, function, survived in pool.map(attempt, found[:options.count]):
         block = block_of(function, module.text, changed)
         if survived and block in known:
             continue

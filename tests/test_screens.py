@@ -10,16 +10,16 @@ import threading
 
 import pytest
 
-from cases import events, ndjson
-from conftest import clean_environment
+from conftest import clean_environment, events, ndjson
 from standin import Reply, StandIn
+from steps import SILENT
 
 if os.name != "posix":
     pytest.skip("pseudo-terminals are POSIX's", allow_module_level=True)
 
 from terminal import Terminal
 
-SCREENS = pathlib.Path(__file__).resolve().parent / "screens"
+SCREENS = pathlib.Path(__file__).resolve().with_name("screens")
 WHO = "--source-system shop --workflow-id nightly --actor-type host --actor-id db1"
 REFUSED = Reply(400, body='{"error": "severity: unknown word"}')
 BUSY = Reply(503, reason="Service Unavailable", body="<html><h1>busy</h1></html>")
@@ -61,50 +61,38 @@ def window(request, argv_of, home, tmp_path):
         one.close()
 
 
-def compare(name, screen, columns):
+def compare(name, terminal, screen):
     """The screen is the one that is kept; what differs from run to run is left out, at its width."""
     screen = re.sub(r"(?<=127\.0\.0\.1:)\d+|\d+(?=/s)", lambda match: "9" * len(match.group()), screen)
     screen = re.sub(r"(?<=[( ])\d+ ms\b", "9 ms", screen)
-    path = SCREENS / ("%s-%d.txt" % (name, columns))
+    path = SCREENS / ("%s-%d.txt" % (name, terminal.columns))
     if os.environ.get("ACCEPT") == "write":
         path.write_text(screen, encoding="utf-8")
     assert screen == path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_the_screen_after_a_run(name, window):
+def test_screen(name, window):
     arguments, script = CASES[name]
     with StandIn(script=script) as server:
         terminal = window(arguments, server)
-        compare(name, terminal.last_screen(), terminal.columns)
+        compare(name, terminal, terminal.last_screen())
 
 
-def test_help_fits_80_columns(run):
-    for flag in ("-h", "--help"):
-        assert max(map(len, run(flag, key=False).out.splitlines())) <= 80
-    assert len(run("-h", key=False).out.splitlines()) <= 40
-
-
-@pytest.mark.parametrize("name, last", [("progress-ended", {}), ("progress-failed", {"status": 400})])
-def test_progress_is_one_line_that_goes_away(name, last, window):
-    released = threading.Event()
-    with StandIn(script=[*[200] * 5, Reply(delay=1.1), Reply(delay=released, **last)]) as server:
-        terminal = window(FILE, server)
-        try:
-            terminal.wait_for(b" delivered")
-            compare("progress", terminal.screen(), terminal.columns)
-        finally:
-            released.set()
-        compare(name, terminal.last_screen(), terminal.columns)
-
-
-def test_an_interrupted_run_says_what_it_left(window):
+@pytest.mark.parametrize("name, status", [("ended", 200), ("failed", 400)])
+def test_progress(name, status, window):
     held = threading.Event()
-    with StandIn(script=[200, Reply(delay=held)]) as server:
-        try:
-            terminal = window(FILE, server)
-            server.wait_for_requests(2)
-            terminal.type(b"\x03")
-            compare("interrupted", terminal.last_screen(), terminal.columns)
-        finally:
-            held.set()
+    with StandIn(script=[*[200] * 5, Reply(delay=1.1), Reply(status, delay=held)]) as server:
+        terminal = window(FILE, server)
+        terminal.wait_for(b" delivered")
+        compare("progress", terminal, terminal.screen())
+        held.set()
+        compare("progress-" + name, terminal, terminal.last_screen())
+
+
+def test_interrupted(window):
+    with StandIn(script=[200], default=SILENT) as server:
+        terminal = window(FILE, server)
+        server.wait_for_requests(2)
+        terminal.type(b"\x03")
+        compare("interrupted", terminal, terminal.last_screen())
