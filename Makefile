@@ -38,11 +38,11 @@ define share
 logs=$$(mktemp -d); pids=; trap 'rm -rf "$$logs"' EXIT; trap 'kill $$pids; exit 130' INT TERM; \
 	ran=; failed=; share=$(JOBS); mkdir "$$logs/claims"; \
 	while [ $$share -gt 1 ]; do \
-		PYTHONPATH=tests "$$py" -m pytest -q -p shard --claims "$$logs/claims" $(1) $(PYTEST_ARGS) \
+		PYTHONPATH=tests "$$py" -m pytest -q -p shard --claims="$$logs/claims" $(1) $(PYTEST_ARGS) \
 			>"$$logs/$$share" 2>&1 </dev/null & \
 		pids="$$pids $$!"; share=$$((share - 1)); \
 	done; \
-	PYTHONPATH=tests "$$py" -m pytest -q -p shard --claims "$$logs/claims" $(1) $(PYTEST_ARGS) </dev/null; \
+	PYTHONPATH=tests "$$py" -m pytest -q -p shard --claims="$$logs/claims" $(1) $(PYTEST_ARGS) </dev/null; \
 	code=$$?; [ $$code -eq 5 ] || ran=1; [ $$code -eq 0 ] || [ $$code -eq 5 ] || failed=1; \
 	for pid in $$pids; do \
 		wait $$pid; code=$$?; \
