@@ -30,7 +30,7 @@ def call(*argv):
 def text_files():
     found = [path for path in ROOT.iterdir() if path.name != "LICENSE"]
     found += [path for folder in ("tests", ".ci", ".github") for path in (ROOT / folder).rglob("*")]
-    return [path for path in found if path.is_file() and path.suffix != ".pyc"]
+    return [path for path in found if path.is_file() and "cache" not in str(path.relative_to(ROOT))]
 
 
 def test_layout():

@@ -101,7 +101,7 @@ def test_as_if_alone(around, env, shows, call, argv_of, server, tmp_path):
 def test_blocked_signals(run, server):
     result = run(*OURS, "grep", "^Sig[BI]", "/proc/self/status", server=server, preexec_fn=lambda: [
         signal.pthread_sigmask(signal.SIG_BLOCK, {10, 15}), signal.signal(signal.SIGCHLD, signal.SIG_IGN)])
-    masks = [int(line.split()[1], 16) & 0x7fffffff for line in result.out.splitlines()]  # but the C library's own
+    masks = [int(line.split()[1], 16) & 0x7fffffff for line in result.out.splitlines()]  # not the C library's
     assert masks == [0x4200, 0x10000], result
 
 
