@@ -119,6 +119,11 @@ class PackTrackError(Exception):
     def __str__(self):
         return "{}: {}".format(self.where, self.args[0]) if self.where else self.args[0]
 
+    def detached(self):
+        """Return it without the frames it passed: they hold a batch, and it, for ever where gc is off."""
+        self.__traceback__ = self.__context__ = None
+        return self
+
 
 class InvalidError(PackTrackError):
     """Arguments or an event that are not valid; nothing was sent for them."""
@@ -157,7 +162,7 @@ class Limits:
     """What ends a run: a deadline (seconds or None), and signals: one the reading, `patience` the sending."""
 
     def __init__(self, seconds=None, patience=1, clock=time.monotonic, pause=time.sleep):
-        self.clock, self._pause, self._patience = clock, pause, patience
+        self.clock, self._pause, self.patience = clock, pause, patience
         self.deadline = None if seconds is None else clock() + seconds
         self.signals, self.over, self._last = [], False, 0.0
 
@@ -170,7 +175,7 @@ class Limits:
 
     def check(self, reading=False):
         """Raise Interrupted where the sending, or the reading, is to stop; past the deadline its error."""
-        if len(self.signals) >= (1 if reading else self._patience) or reading and self.over:
+        if len(self.signals) >= (1 if reading else self.patience) or reading and self.over:
             raise Interrupted()
         if self.deadline is not None and self.clock() >= self.deadline:
             raise RetriesExhaustedError("deadline exceeded", kind="deadline", ends_run=True)
@@ -199,17 +204,16 @@ def start_thread(work):
     """Run work() in a daemon thread; return a lock that is released at its end. Raises RuntimeError."""
     import threading  # here first: it takes the thread that imports it for the main one
 
-    begun, ended = threading.Lock(), threading.Lock()
+    begun, ended = threading.Semaphore(0), threading.Lock()
 
     def run():
-        with ended:
-            begun.release()
-            try:
+        try:
+            with ended:
+                begun.release()
                 work()
-            except MemoryError:  # what is left undone is accounted for at the end
-                pass
+        except MemoryError:  # what is left undone is accounted for at the end
+            pass
 
-    begun.acquire()
     _thread.start_new_thread(run, ())
     if not begun.acquire(True, LONGEST_START):  # no memory: threading.Thread.start() waits for ever then
         raise RuntimeError("the thread did not start")
@@ -1171,8 +1175,6 @@ def reason(error):
     return words[:1].lower() + words[1:]
 
 
-
-
 # ---- Transport: requests, answers, whether and when to try again; nothing is printed here ------------------
 
 LONGEST_RETRY_AFTER, NEXT_ADDRESS, BODY_SECONDS = 60.0, 0.25, 1.0
@@ -1273,7 +1275,7 @@ def resolve_host(host, port, left, fault):
             found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, flags)
             answers[:] = found or [OSError("no address")]
         except Exception as error:
-            answers[:] = [error]
+            answers[:] = [error.with_traceback(None)]
 
     resolve(socket.AI_NUMERICHOST)
     if isinstance(answers[0], socket.gaierror):  # a name
@@ -1297,7 +1299,7 @@ def connect(addresses, left, clock):
 
     families, selector = [address[0] for address in addresses], selectors.DefaultSelector()
     order = sorted(range(len(families)), key=lambda at: families[:at].count(families[at]))
-    sockets, due, fault = [], 0.0, None
+    sockets, due, code = [], 0.0, 0
     try:
         while order or selector.get_map():
             if order and (clock() >= due or not selector.get_map()):
@@ -1309,7 +1311,7 @@ def connect(addresses, left, clock):
                     sockets[-1].connect(address)
                 except OSError as error:
                     if not isinstance(error, BlockingIOError):  # no such family, no route
-                        fault = error
+                        code = error.errno or errno.EAFNOSUPPORT
                         continue
                 selector.register(sockets[-1], selectors.EVENT_WRITE)
             for sock in [key.fileobj for key, _ in selector.select(min(left(), NEXT_ADDRESS / 5))]:
@@ -1319,12 +1321,11 @@ def connect(addresses, left, clock):
                     sockets.remove(sock)
                     return sock
                 selector.unregister(sock)
-                fault = OSError(code, os.strerror(code))
     finally:
         selector.close()
         for sock in sockets:
             sock.close()
-    raise fault
+    raise OSError(code, os.strerror(code))
 
 
 class Connection(io.RawIOBase):
@@ -1537,7 +1538,7 @@ class Client:
             try:
                 outcome = self._attempt("POST", "/api/ingest", headers, body)
             except (AttemptFailed, RefusedError) as error:
-                outcome = error
+                outcome = error.detached()
             self._trace("attempt {}/{}: {} ({:.0f} ms)".format(
                 number, self._attempts, outcome, (self._limits.clock() - started) * 1000))
             if isinstance(outcome, str):
@@ -1713,6 +1714,7 @@ def keep_until_valid(runs, delivery, name):
     held, end, left_over = io.BytesIO(), 0, []
     try:
         for number, records in runs:
+            left_over = [(number, records)]
             data = b"\0".join(records)  # no JSON text holds a NUL
             data = number.to_bytes(8, "little") + len(data).to_bytes(8, "little") + data
             if end + len(data) <= HELD_IN_MEMORY:
@@ -1725,16 +1727,16 @@ def keep_until_valid(runs, delivery, name):
                     write_all(file.fileno(), held.getbuffer())
                     held = file
                 write_all(held.fileno(), data)
-            end = held.tell()
-    except OSError as error:
+            end, left_over = held.tell(), []
+    except (OSError, MemoryError) as error:
         why = "no writable temporary directory" if isinstance(error, FileNotFoundError) else reason(error)
         why = "cannot buffer {}: {} (set TMPDIR, or stream with --async)".format(name, why)
-        delivery.note(InputError(why))
-        left_over = [(number, records)]
+        delivery.note(InputError(why) if isinstance(error, OSError) else as_error(error))
     delivery.total = delivery.read - delivery.invalid
+    if held.closed or delivery.ended is not None and not delivery.keeps_rest:
+        held.close()  # BytesIO does so itself where it finds no memory; else all is yielded, to be saved
+        return
     with held:
-        if delivery.ended is not None and not delivery.keeps_rest:  # with it all is yielded, to be saved
-            return
         held.seek(0)
         while held.tell() < end:
             number, size = (int.from_bytes(held.read(8), "little") for _ in range(2))
@@ -1825,18 +1827,21 @@ def describe_ranges(ranges):
 def send_batches(batches, delivery):
     """Send an iterator's batches over the clients of a Delivery at once; this thread works for the first."""
     lock, ended, clients = _thread.allocate_lock(), [], delivery.clients or [None]
+    first = [next(batches, None)]  # before there are threads, whose stacks take memory from the reading
 
     def work(client):
         while True:
             try:
                 with lock:
-                    batch = next(batches, None)
+                    batch = first.pop() if first else next(batches, None)
                 if batch is None:
                     return
                 delivery.send(batch, client)
             except Exception as error:  # such as no memory
                 delivery.note(as_error(error))
 
+    if len(clients) > 1:
+        __import__("urllib.request")  # by one thread: short of memory, several find that it does not exist
     try:
         for client in clients[1:]:
             ended.append(start_thread(lambda client=client: work(client)))
@@ -1916,7 +1921,7 @@ class Delivery:
         except Interrupted:
             return self.stop()
         except Exception as error:  # a fault of this program's must not lose count of the records
-            return as_error(error)
+            return as_error(error).detached()
 
     def stop(self):
         """End the run without an error: a signal came, or the rest is abandoned. Return what ended it."""
@@ -1952,6 +1957,8 @@ class Delivery:
         first, last = self.delivered + self.undelivered + 1, self.read - self.invalid
         if last >= first:
             self.undelivered += last - first + 1
+            if self.undelivered_file and (self.keeps_rest or self.streams):  # only for lack of memory
+                self.unkept, self.unkept_why = self.unkept + last - first + 1, "out of memory"
             if not self.invalid:  # else their numbers are not known
                 self.ranges = join_ranges(self.ranges + [[first, last]])
         if not self._line_ended:
@@ -2008,8 +2015,8 @@ class Appender:
             try:
                 descriptor = os.open(self._path, flags, 0o600 if self._saving else 0o666)
             except OSError as error:
-                if error.errno != errno.ENXIO:  # a FIFO that nobody reads yet
-                    raise
+                if error.errno != errno.ENXIO or not stat.S_ISFIFO(os.stat(self._path).st_mode):
+                    raise  # else it is a FIFO that nobody reads yet
             else:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     self._kept = descriptor  # whoever reads it takes a close for the end
@@ -2075,10 +2082,8 @@ PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SI
 
 
 def run_command(settings, hurry):
-    """Run the command with our own streams and descriptors; `hurry` handles signals from its end on.
-
-    Return our exit code, the signal that ended it or 0, why it could not be run or None, and its event.
-    """
+    """Run the command; return our exit code, the signal that ended it or 0, why it failed to run, its event."""
+    # hurry: the handler of signals from its end on
     command, started_at, started = settings.command, utc_timestamp(time.time()), time.monotonic()
     name = display(os.path.basename(command[0]) or command[0], "-") or "''"
     run, timeout = run_on_windows if os.name == "nt" else run_on_posix, settings["command-timeout"]
@@ -2186,10 +2191,8 @@ def wait_for(pid, timeout, passed_on, canary, pipe, waiting):
 
 
 def start_canary(pipe):
-    """Start a process that dies of what a terminal or timeout(1) sends to our whole group; return its id.
-
-    It is a cat, which pkill(1) does not take for us, on a pipe, so that it ends when we do.
-    """
+    """Start a process that dies of what a terminal or timeout(1) sends to our whole group; return its id."""
+    # A cat, which pkill(1) does not take for us, on a pipe, so that it ends when we do.
     try:
         pid = os.fork()
     except OSError:  # no room for one
@@ -2224,7 +2227,7 @@ def die_of(number):
 
 def report_command(settings, reporter):
     """Run the command and report how it ended; return its exit code, or die of the signal that it died of."""
-    limits, error = Limits(FOREVER), None
+    limits, error = Limits(1.0), None  # nothing keeps the command waiting for longer
 
     def hurry(number, frame):
         limits.deadline = min(limits.deadline, limits.clock() + HURRIED_DELIVERY)
@@ -2239,6 +2242,7 @@ def report_command(settings, reporter):
     except Exception as failure:  # whatever it is, the command runs
         error = as_error(failure)
         reporter.error("{}; running the command without reporting".format(error))
+    limits.deadline = FOREVER
     code, ended_by, why, event = run_command(settings, hurry)
     limits.deadline = min(limits.deadline, limits.clock() + (settings["deadline"] or COMMAND_DELIVERY))
     if why:
@@ -2456,17 +2460,23 @@ def make_delivery(settings, limits, reporter, source=None):
         None if settings["dry-run"] or settings["health"] or not settings[name] else
         Appender(settings[name], settings.sources[name], limits, source, saving=name == "undelivered")
         for name in ("undelivered", "output"))
-    clients = []
+    delivery = Delivery(limits, reporter, [], output, undelivered_file, settings["keep-going"],
+                        settings["idempotency-key"], settings["health-enable"])
     if output is None and (settings["health"] or not settings["dry-run"]):
+        try:
+            key = read_key(settings, limits, reporter)
+        except InvalidError as error:
+            if settings.command is None:
+                raise
+            delivery.note(error)  # a command's event is saved then
+            return delivery
         values = {name.replace("-", "_"): settings[name] for name in (
             "base-url", "timeout", "retries", "backoff-initial", "backoff-max", "jitter", "user-agent",
             "gzip", "health-path")}
-        values.update(api_key=read_key(settings, limits, reporter), limits=limits,
-                      key_source=settings.sources.get("api-key", settings.sources.get("api-key-file")),
-                      trace=reporter.trace if reporter.verbose else None)
-        clients = [Client(**values) for _ in range(settings["connections"] if source is not None else 1)]
-    return Delivery(limits, reporter, clients, output, undelivered_file, settings["keep-going"],
-                    settings["idempotency-key"], settings["health-enable"])
+        values.update(api_key=key, limits=limits, trace=reporter.trace if reporter.verbose else None,
+                      key_source=settings.sources.get("api-key", settings.sources.get("api-key-file")))
+        delivery.clients = [Client(**values) for _ in range(settings["connections"] if source else 1)]
+    return delivery
 
 
 def event_from_flags(settings, event):
@@ -2574,8 +2584,9 @@ def main(argv=None):
         limits.signals.append(signal.SIGINT)
     except Exception as failure:
         error = as_error(failure)
-    handle_signals(signal.SIG_IGN)  # from here on the verdict stands
-    ended_by = limits.signals[0] if limits.signals else None
+    ended_by = limits.signals[0] if limits.signals else None  # a later one only ends the report
+    reporter.limits, limits.patience = limits, 1
+    handle_signals(limits.handle_signal)
     if ended_by:
         error = PackTrackError("interrupted ({})".format(signal.Signals(ended_by).name), kind="interrupted")
     code = 128 + ended_by if ended_by else 0 if error is None else error.exit_code

@@ -7,13 +7,13 @@ that names Windows or macOS. Survivors that change nothing stand, with the reaso
 blocks of a line that begins with #, the function, and the lines that go and come. Exit code 1: fewer than
 90 % were noticed, or 85 % of a section; or lines that no test runs.
 
-Everything happens in copies of the tree. Which lines each test runs is traced once and kept in dist/ until
-the module or the test's file changes. A mutant gets the tests of its line, first those that noticed others in
-its function, then the fastest, until one fails or LONGEST is over. As a plugin of pytest (-p mutants) this
-file notes which test runs, or says which are to be run.
+Works in copies of the tree. Which lines each test runs is traced once and kept in dist/ until module or test
+change. A mutant gets the tests of its line, first those that noticed others in its function, then the
+fastest, until one fails or LONGEST is over. As a plugin of pytest (-p mutants) it notes or picks what runs.
 """
 import argparse
 import ast
+import collections
 import concurrent.futures
 import difflib
 import hashlib
@@ -42,12 +42,9 @@ NOT_HERE = re.compile(r"#.*\b(Windows|macOS)\b")
 LINETRACE = '''
 import mmap, os, sys, threading, time
 HERE, SIZE = os.path.dirname(os.path.abspath(__file__)), 4 << 14
-seen, at, log = set(), 0, bytearray(SIZE)
 def switch():
-    global at, log
-    seen.clear()
-    seen.add(0)
-    at = 0
+    global at, log, seen
+    seen, at, log = {0}, 0, bytearray(SIZE)
     try:
         with open(os.path.join(HERE, "current")) as file:
             name = "%s.%d.%d" % (file.read(), os.getpid(), time.monotonic() * 1e6)
@@ -55,7 +52,7 @@ def switch():
             file.truncate(SIZE)
             log = mmap.mmap(file.fileno(), 0)
     except (OSError, ValueError):
-        log = bytearray(SIZE)
+        pass
 def tracer(frame, event, arg):
     if not frame.f_code.co_filename.endswith("packtrack_logger.py"):
         return None
@@ -83,10 +80,6 @@ frame.f_trace = tracer(frame, "call", None)
 sys.settrace(tracer)
 threading.settrace(tracer)
 '''
-
-
-# ---- the plugin ------------------------------------------------------------------------------------------
-
 OUTCOMES = {}
 
 
@@ -121,15 +114,12 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-# ---- the module ------------------------------------------------------------------------------------------
-
 class Module:
     """The text of the module and what can be said of its lines."""
 
     def __init__(self, text):
         self.text, self.lines, self.tree = text, text.split("\n"), ast.parse(text)
-        self.sections, self.left_out, name = [""], set(), "Head"
-        self.data = text.encode("utf-8")
+        self.data, self.sections, self.left_out, name = text.encode(), [""], set(), "Head"
         self.starts = [0, *(match.end() for match in re.finditer(b"\n", self.data))]
         for line in self.lines:
             banner = re.match(r"# ---- ([^:\-]+)", line)
@@ -150,7 +140,7 @@ class Module:
                 isinstance(getattr(node, "value", None), ast.Constant) and isinstance(node, ast.Expr))
             end = node.body[0].lineno if hasattr(node, "body") else node.end_lineno + 1
             if not run.intersection(range(first, max(end, first + 1))):
-                missing += [(first, "is not run")] * (not no_code)
+                missing += [] if no_code else [(first, "is not run")]
             elif isinstance(node, (ast.If, ast.While, ast.For)) and node.body[0].lineno > first:
                 test = getattr(node, "test", getattr(node, "iter", None))
                 span = range(first, test.end_lineno + 1)
@@ -187,9 +177,6 @@ class Module:
         return (self.starts[node.lineno - 1] + node.col_offset,
                 self.starts[node.end_lineno - 1] + node.end_col_offset)
 
-    def changed(self, start, end, new):
-        return (self.data[:start] + new.encode("utf-8") + self.data[end:]).decode("utf-8")
-
 
 OTHER = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
          ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"}
@@ -206,10 +193,8 @@ def changes(node, source):
             "(%s)" % source(value) for value in node.values)
     elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
         yield "(%s) %s (%s)" % (source(node.left), "+-"[isinstance(node.op, ast.Add)], source(node.right))
-    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield str(not node.value)
-    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        yield "(%r)" % (node.value + 1)
+    elif isinstance(node, ast.Constant) and type(node.value) in (bool, int, float):
+        yield str(not node.value) if isinstance(node.value, bool) else "(%r)" % (node.value + 1)
     elif isinstance(node, ast.Call) and len(node.args) > 1 and not any(
             isinstance(one, ast.Starred) for one in node.args):
         words = [source(one) for one in node.args] + [
@@ -230,8 +215,6 @@ def block_of(function, text, changed):
     lines = [line for line in diff if line[:1] in "+-" and line[:3] not in ("+++", "---")]
     return function + "\n" + "\n".join(line[0] + " " + line[1:].strip() for line in lines)
 
-
-# ---- running ---------------------------------------------------------------------------------------------
 
 class Tree:
     """A copy of the project, for one process at a time."""
@@ -260,8 +243,8 @@ class Tree:
         process = subprocess.Popen(
             [*self.alone, sys.executable, "-m", "pytest", "-m", "not full", "-p", "shard", "-p", "mutants",
              "-o", "pythonpath=. " + tests, "--mutants", str(self.notes), *arguments],
-            cwd=str(self.folder), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
-            stderr=subprocess.DEVNULL,
+            cwd=str(self.folder), start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={**os.environ, "PROGRAM_FORMS": "py", "PYTHONPATH": tests, "PYTHONDONTWRITEBYTECODE": "1"})
         try:
             process.wait(timeout)
@@ -276,14 +259,10 @@ class Tree:
         (self.notes / "linetrace.py").write_text(LINETRACE)
         prelude = "import sys; sys.path.insert(0, %r); import linetrace; del sys.path[0]; " % str(self.notes)
         outcomes, steps = self.run(re.sub("(?m)^(?=import )", lambda _: prelude, text, count=1), None,
-                                   "--claims", claims, *selection), {}
+                                   "--claims", claims, *selection), collections.defaultdict(set)
         for path in self.notes.glob("*.*.*"):
-            known = steps.setdefault(path.name.split(".")[0], set())
-            for pair in struct.iter_unpack("<HH", path.read_bytes()):
-                if pair == (0, 0):
-                    break
-                known.add(pair)
-        return {name: (*outcome, sorted(steps.get(digest(name.encode()), ())))
+            steps[path.name.split(".")[0]].update(struct.iter_unpack("<HH", path.read_bytes()))
+        return {name: (*outcome, sorted(steps[digest(name.encode())] - {(0, 0)}))
                 for name, outcome in outcomes.items() if name != "all"}
 
 
@@ -291,7 +270,7 @@ def learn(text, trees, pool, tests):
     """What trace() found of these files in this state of module and tests: kept in dist/, or found now."""
     kept = ROOT / "dist" / "mutants.json"
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    common = [TESTS / name for name in ("conftest.py", "cases.py", "standin.py", "steps.py")]
+    common = [TESTS / name for name in ("conftest.py", "standin.py", "steps.py")]
     keys = {test: digest(b"".join(path.read_bytes() for path in (ROOT / MODULE, *common, ROOT / test)))
             for test in tests}
     new = [test for test in tests if keys[test] not in known]
@@ -309,9 +288,8 @@ def learn(text, trees, pool, tests):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    for flag, default in (("--count", 300), ("--seed", 1), ("--jobs", os.cpu_count() or 1)):
+        parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--only", default="", help="a section's name, or a part of it")
     parser.add_argument("--coverage", action="store_true")
     parser.add_argument("tests", nargs="*", help="only these files")
@@ -336,16 +314,15 @@ def run_mutants(options, module, trees, pool, tests):
     random.Random(options.seed).shuffle(found)
     text = EQUIVALENT.read_text(encoding="utf-8") if EQUIVALENT.exists() else ""
     known = {block.split("\n", 1)[1].strip() for block in text.strip().split("\n\n") if "\n" in block}
-    kills, score, survivors, began = {}, {}, 0, time.monotonic()
+    kills, score, began = collections.Counter(), {}, time.monotonic()
 
     def attempt(one):
         line, start, end, new, function = one
-        lines, changed = {line}, module.changed(start, end, new)
+        lines, changed = {line}, (module.data[:start] + new.encode() + module.data[end:]).decode()
         if sum(line in ran for _, ran in tests.values()) > 0.9 * len(tests):  # runs at import
             lines = module.uses(line) or lines
         names, total, picked = [name for name, (_, ran) in tests.items() if lines & ran], 0.0, []
-        for name in sorted(names, key=lambda name: (
-                -10 * kills.get((function, name), 0) - kills.get(name, 0), tests[name][0])):
+        for name in sorted(names, key=lambda one: (-10 * kills[function, one] - kills[one], tests[one][0])):
             total += tests[name][0]
             if picked and total > LONGEST:
                 break
@@ -353,31 +330,26 @@ def run_mutants(options, module, trees, pool, tests):
         if not picked:
             return line, changed, function, "is not run by any test"
         tree = trees.pop()
-        try:
-            outcomes = tree.run(changed, picked, "-x", timeout=20 + 3 * total)
-        finally:
-            trees.append(tree)
+        outcomes = tree.run(changed, picked, "-x", timeout=20 + 3 * total)
+        trees.append(tree)
         bad = [name for name, (outcome, _) in outcomes.items() if outcome == "failed"]
-        for name in bad:
-            kills[function, name] = kills.get((function, name), 0) + 1
-            kills[name] = kills.get(name, 0) + 1
+        kills.update([*bad, *((function, name) for name in bad)])
         return line, changed, function, None if bad else "survives %d of %d tests" % (len(picked), len(names))
 
     for line, changed, function, survived in pool.map(attempt, found[:options.count]):
         block = block_of(function, module.text, changed)
         if survived and block in known:
             continue
-        count = score.setdefault(module.sections[line], [0, 0])
-        count[not survived] += 1
+        for name in (module.sections[line], "all"):
+            score.setdefault(name, [0, 0])[not survived] += 1
         if survived:
-            survivors += 1
             print("\n# %s, line %d, %s\n%s" % (module.sections[line], line, survived, block), flush=True)
     print()
-    for name, (alive, dead) in [*score.items(), ("all", [sum(column) for column in zip(*score.values())])]:
+    for name, (alive, dead) in sorted(score.items(), key=lambda one: one[0] == "all"):
         print("%-50s %3d of %3d: %3d %%" % (name, dead, alive + dead, 100 * dead // (alive + dead)))
     print("%d s" % (time.monotonic() - began))
-    return survivors > 0.1 * sum(map(sum, score.values())) or any(
-        alive > 0.15 * (alive + dead) for alive, dead in score.values())
+    return any(alive > (0.1 if name == "all" else 0.15) * (alive + dead)
+               for name, (alive, dead) in score.items())
 
 
 if __name__ == "__main__":

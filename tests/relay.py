@@ -1,11 +1,9 @@
 """A relay that adds latency and nothing else: no limit of bandwidth, any number of connections.
 
-    python tests/relay.py PORT MILLISECONDS     prints its port; what comes there goes on to PORT of 127.0.0.1
-                                                and back, each way half of the milliseconds late; serves until
-                                                its standard input closes
+    python tests/relay.py PORT MILLISECONDS     prints its port; serves until its standard input closes
 
-Half a round trip is added to each piece of data and to the end of each direction; the handshake of TCP is not
-delayed, so a new connection costs nothing more than it did.
+What comes goes on to PORT of 127.0.0.1 and back: half a round trip is added to each piece of data and to the
+end of each direction. The handshake of TCP is not delayed: a new connection costs no more than it did.
 """
 import asyncio
 import collections
@@ -16,17 +14,15 @@ import sys
 async def carry(reader, writer, delay):
     """Hand on what comes, that many seconds late, and the end of it."""
     loop = asyncio.get_running_loop()
-    waiting = collections.deque()  # timers of one moment fire in any order
-    over = loop.create_future()
+    waiting, over, data = collections.deque(), loop.create_future(), b"x"
 
     def deliver():
-        data = waiting.popleft()
+        data = waiting.popleft()  # timers of one moment fire in any order
         if data:
             writer.write(data)
         elif not over.done():
             over.set_result(None)
 
-    data = b"x"
     while data:
         try:
             data = await reader.read(1 << 18)

@@ -1,17 +1,15 @@
 """A sink for the bench: answers 200 to everything and counts, as fast as plain sockets allow.
 
-It answers first and counts afterwards, so that counting is no part of what the client waits for; compressed
-bodies are kept and counted only when the counts are asked for. It checks nothing: tests/standin.py does.
-
     python tests/sink.py            prints its port, serves until its standard input closes
 
-GET /counts answers {"requests", "bytes", "records", "connections"} since the last time, and starts anew.
+It answers first and counts afterwards, compressed bodies only when the counts are asked for, so that counting
+is no part of what the client waits for. It checks nothing: tests/standin.py does. GET /counts answers
+{"requests", "bytes", "records", "connections"} since the last time, and starts anew.
 """
 import collections
 import contextlib
 import json
 import socket
-import socketserver
 import sys
 import threading
 import zlib
@@ -33,59 +31,43 @@ def take():
 
 
 def serve(connection):
-    """Answer the requests of one connection until the client closes it."""
+    """Answer the requests of one connection until the client closes it or goes away."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    block, filled, first = bytearray(1 << 20), 0, True
-    view = memoryview(block)
+    block, filled, got, first = bytearray(1 << 20), 0, 1, True
+    with connection, contextlib.suppress(OSError):
+        while got:
+            start = block.find(b"\r\n\r\n", 0, filled) + 4
+            head = bytes(block[:start]).lower() if start > 3 else b""
+            at = head.find(b"\r\ncontent-length:")
+            length = int(head[at + 17:].split(b"\r\n", 1)[0]) if at >= 0 else 0
+            block.extend(bytes(max(0, start + length - len(block))))
+            if not head or filled < start + length:
+                got = connection.recv_into(memoryview(block)[filled:])
+                filled += got
+                continue
+            if head.startswith(b"get /counts "):
+                connection.sendall(take())
+            else:
+                with LOCK:  # taken before the answer, so that nobody reads the counts in between
+                    connection.sendall(ANSWER)
+                    counts.update(requests=1, bytes=length, connections=first)
+                    if b"\r\ncontent-encoding: gzip" in head:
+                        PACKED.append(bytes(block[start:start + length]))
+                    else:
+                        counts["records"] += block.count(MARK, start, start + length)
+                first = False
+            rest = filled - start - length
+            block[:rest] = block[start + length:filled]
+            filled = rest
+
+
+def accept(listener):
     while True:
-        end = block.find(b"\r\n\r\n", 0, filled)
-        while end < 0:
-            got = connection.recv_into(view[filled:])
-            if not got:
-                return
-            filled += got
-            end = block.find(b"\r\n\r\n", 0, filled)
-        head = bytes(view[:end]).lower()
-        at = head.find(b"\r\ncontent-length:")
-        length = int(head[at + 17:].split(b"\r\n", 1)[0]) if at >= 0 else 0
-        start = end + 4
-        if start + length > len(block):
-            larger = bytearray(start + length + (1 << 20))
-            larger[:filled] = view[:filled]
-            block, view = larger, memoryview(larger)
-        while filled < start + length:
-            got = connection.recv_into(view[filled:start + length])
-            if not got:
-                return
-            filled += got
-        if head.startswith(b"get /counts "):
-            connection.sendall(take())
-        else:
-            with LOCK:  # taken before the answer, so that nobody reads the counts in between
-                connection.sendall(ANSWER)
-                counts["requests"] += 1
-                counts["bytes"] += length
-                counts["connections"] += first
-                if b"\r\ncontent-encoding: gzip" in head:
-                    PACKED.append(bytes(view[start:start + length]))
-                else:
-                    counts["records"] += block.count(MARK, start, start + length)
-            first = False
-        rest = filled - start - length
-        block[:rest] = block[start + length:filled]
-        filled = rest
-
-
-class Handler(socketserver.BaseRequestHandler):
-    def handle(self):
-        with contextlib.suppress(OSError):  # a client that went away: the bench sees it in the counts
-            serve(self.request)
+        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 
 
 if __name__ == "__main__":
-    socketserver.ThreadingTCPServer.daemon_threads = True
-    socketserver.ThreadingTCPServer.request_queue_size = 128
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-    print(server.server_address[1], flush=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    print(listener.getsockname()[1], flush=True)
+    threading.Thread(target=accept, args=(listener,), daemon=True).start()
     sys.stdin.buffer.read()

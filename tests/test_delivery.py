@@ -499,17 +499,22 @@ def test_memory(form, argv_of, home, tmp_path):
 @full
 @linux
 @pytest.mark.parametrize("argv", [PIPE, NOW, PIPE + " --connections 8", PIPE + " --gzip", "--stdin"])
-def test_little_memory(argv, run, server):
-    """From what the interpreter needs to 64 MiB: an end, and a right account or one line."""
+def test_little_memory(argv, run, server, tmp_path):
+    """From a little more than the interpreter needs, to 64 MiB: an end, and a right account or one line."""
     many = ndjson(events(1000))
     data = many if "ndjson" in argv else b"[%s]" % many[:-1].replace(b"\n", b",")
     modules = "import argparse, json, socket, threading, urllib.request, queue"
-    for size in range(20 << 20, 65 << 20, 2 << 20):
-        def limit(size=size):
-            resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    for size in range(20 << 20, 65 << 20, 4 << 20):
+        def limit(spare=0, size=size):
+            resource.setrlimit(resource.RLIMIT_AS, (size - spare, size - spare))
 
-        if subprocess.call([PYTHON, "-c", modules], preexec_fn=limit, stderr=subprocess.DEVNULL) == 0:
+        if subprocess.call([PYTHON, "-c", modules], preexec_fn=lambda: limit(10 << 20),
+                           stderr=subprocess.DEVNULL) == 0:
             before = len(server.records)
-            result = run(*argv.split(), "--json", server=server, preexec_fn=limit, stdin=data)
+            (tmp_path / "left").write_bytes(b"")
+            result = run(*argv.split(), "--json", "--undelivered", "left", server=server, preexec_fn=limit,
+                         stdin=data)
+            covered = len(server.records) - before + (tmp_path / "left").read_bytes().count(b"\n")
+            assert covered >= result.summary["read"] or "not saved" in result.err, result
             assert result.summary["delivered"] <= len(server.records) - before, result
             assert (result.code == 0) is (result.summary["delivered"] == 1000), result

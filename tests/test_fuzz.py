@@ -3,8 +3,8 @@
     FUZZ_SEEDS=4000         how many seeds `make test-full` goes through, the few of `make test` included
     FUZZ_SEEDS=1234-1234    only these, in `make test`: what a failure names
 
-Runs are forked from a process that has imported the module, which is six times as fast; every EVERY-th is the
-program itself. A seed makes the same each time, save how the two sides are scheduled.
+Runs are forked from a process that has imported the module, six times as fast; every EVERY-th is the program
+itself. A seed makes the same each time, save how the two sides are scheduled.
 """
 import collections
 import concurrent.futures
@@ -91,7 +91,7 @@ GOOD = [200, 200, 201, 204, Reply(200, delay=0.02), CLOSES, FAULTS["BROKEN_BODY"
 SHAKY = [429, 500, 503, Reply(503, headers=[("Retry-After", "0")]), *map(FAULTS.get, (
     "RESET_AFTER", "CLOSE", "HALF_HEADERS", "RECORD_THEN_RESET", "RECORD_THEN_CLOSE", "BANNER"))]
 UNSEEN = [FAULTS["RESET_BEFORE"], FAULTS["CLOSE_BEFORE"]]  # no request tells of them
-HARSH = [400, 409, 422, 301, 401, 404, 413, 413, 413, GIVE_UP, *UNSEEN, *UNSEEN]
+HARSH = [400, 409, 422, 301, 401, 404, 413, 413, 413, GIVE_UP, *UNSEEN * 2]
 SLOW = [FAULTS["SILENT"], FAULTS["STALLED_BODY"], FAULTS["DRIP_HEADERS"]]
 TEXTS = ["done", "Gr\u00fc\u00dfe \u2028 \U0001f4e6", "\\ \" \u0000 [{,", "x" * 400, "y" * 3000]
 
@@ -229,7 +229,6 @@ def judge(plan, result, requests, left):
     claim(all(line.startswith("packtrack-logger: ") for line in lines)
           and [line for line in lines if ": error: " in line] == lines[-1:] * (result.code != 0)
           and (plan.verbose or len(lines) <= bool(result.code) * (1 + 20 * plan.keep_going)), "what is said")
-
     # What was read.
     wrong = [number for number, item in enumerate(items) if item[2] >= 1]
     reached = next((number + 1 for number in wrong if items[number][2] == 9), len(items))
@@ -240,7 +239,6 @@ def judge(plan, result, requests, left):
     valid = set(range(read)) - set(invalid)
     at_door = invalid and not (plan.streams or plan.keep_going)
     claim(read <= reached and total["invalid"] == len(invalid), "counts what is invalid")
-
     # What came of it.
     ends = [verdict(request.status) for request in requests]
     taken = [number for some, end in zip(marks, ends) if end == "delivered" for number in some]
@@ -258,7 +256,6 @@ def judge(plan, result, requests, left):
         claim(plan.blind or CLOSES in plan.script or total["requests"] == len(requests), "counts requests")
         claim(read == reached or plan.streams and total["undelivered"], "reads to the end")
         claim(not (at_door and requests), "nothing is sent where one is invalid")
-
     # The exit code.
     failures, batches = set(), collections.defaultdict(list)
     for some, end, request in zip(marks, ends, requests):
@@ -274,25 +271,22 @@ def judge(plan, result, requests, left):
         ends_run = end == "final" and (not plan.keep_going or attempts[-1][1] in (401, 403, 404))
         claim(plan.connections > 1 or not ends_run or tuple(marks[-1]) == some, "a failure ends the run")
     faults = {min(items[number][2], 4) for number in (invalid if plan.keep_going else invalid[:1])}
-    if not (items or plan.allow_empty):
-        faults.add(4)
+    faults |= set() if items or plan.allow_empty else {4}
     codes = {next((code for code in (2, 3, 4, 1) if code in failures | faults), 0)}
-    if not plan.keep_going:
-        codes = failures or codes
-    if plan.blind and total["undelivered"] and not at_door or not calm:
-        codes = codes | {3}
+    codes = codes if plan.keep_going else failures or codes
     if not calm:
-        codes = codes | (faults or {0}) | {-number for number, _ in plan.signals}
+        codes = codes | {3} | (faults or {0}) | {-number for number, _ in plan.signals}
+    elif plan.blind and total["undelivered"] and not at_door:
+        codes = codes | {3}
     claim(result.code in codes, "exit code one of %s" % codes)
     claim(result.code or plan.no_flush or read == len(items) == total["delivered"], "0: all is delivered")
     claim(result.code or plan.deadline or not plan.hold, "an input that does not end")
-
     # What is kept, and what the failure line says of it.
     missing = valid.difference(taken)
     ranges = re.search(r"; not delivered: records? ([0-9, -]+)(?=$|;)", lines[-1] if lines else "")
     if ranges:
-        pairs = [pair.split("-") for pair in ranges.group(1).split(", ")]
-        said = [number for pair in pairs for number in range(int(pair[0]) - 1, int(pair[-1]))]
+        said = [number for pair in ranges.group(1).split(", ")
+                for number in range(int(pair.split("-")[0]) - 1, int(pair.split("-")[-1]))]
         claim(len(said) == total["undelivered"] and missing <= set(said) <= valid, "numbers of the records")
     if rest_kept or plan.keeps and not at_door and (calm or requests):
         found = {int(number) for number in re.findall(rb"#(\d+)#", left)}
