@@ -60,7 +60,8 @@ help:
 	@echo 'make compat    the tests of the program on each CPython from 3.6 up that is found'
 	@echo 'make lint      ruff, mypy, and shellcheck if it is there'
 	@echo 'make bench     speed and memory against their floors (QUICK=1: in under a minute)'
-	@echo 'make mutants   how many of 300 small mutations of the module the tests notice; coverage: what they never run'
+	@echo 'make mutants   how many of 300 small changes of the module the tests notice'
+	@echo 'make coverage  the lines and branches that no test runs'
 	@echo 'make readme    refresh the tables in README.md'
 	@echo 'make build     $(ARCHIVE) and its .sha256 (BYTECODE="3.6 3.11" or all)'
 	@echo 'make install   build, and copy to PREFIX/bin/packtrack-logger (PREFIX=$(PREFIX))'
@@ -159,5 +160,5 @@ uninstall:
 clean:
 	rm -rf dist .venv .ruff_cache .mypy_cache .pytest_cache __pycache__ tests/__pycache__
 
-.PHONY: help build demo venv test test-full compat lint readme print-version release-notes mutants coverage bench \
-	install uninstall clean
+.PHONY: help build demo venv test test-full compat lint readme print-version release-notes mutants coverage \
+	bench install uninstall clean

@@ -90,8 +90,8 @@ python=$(real_path "$python" '') ||
 mkdir -p "$(dirname "$output")" "$work/archive"
 cp "$here/packtrack_logger.py" "$here/LICENSE" "$work/archive/"
 
-# Runs on every Python that there is, 2.7 and those without zlib too. What it does where it cannot start is the
-# module's own section, so that the module as a script does the same.
+# Runs on every Python that there is, 2.7 and those without zlib too. What it does where it cannot start is
+# the module's own section, so that the module as a script does the same.
 section='# ---- A poor Python:'
 {
     cat <<'PYTHON'

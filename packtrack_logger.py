@@ -2082,7 +2082,7 @@ PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SI
 
 
 def run_command(settings, hurry):
-    """Run the command; return our exit code, the signal that ended it or 0, why it failed to run, its event."""
+    """Run the command; return our exit code, the signal that ended it or 0, why it did not run, its event."""
     # hurry: the handler of signals from its end on
     command, started_at, started = settings.command, utc_timestamp(time.time()), time.monotonic()
     name = display(os.path.basename(command[0]) or command[0], "-") or "''"
