@@ -256,7 +256,8 @@ GOOD = {  # option: its default as text and as value; texts that are taken, and 
     "max-batch-bytes": [("1000000", 1000000), ("1", 1), ("1073741824", 1 << 30)],
     "connections": [("1", 1), ("64", 64)],
     "queue-capacity": [("10000", 10000), ("1", 1), ("10000000", 10000000)],
-    "flush-interval": [("1s", 1), ("1ms", 0.001)], "health-path": [*same("/api/health"), ("x?z=%20", "/x?z=%20")],
+    "flush-interval": [("1s", 1), ("1ms", 0.001)],
+    "health-path": [*same("/api/health"), ("x?z=%20", "/x?z=%20")],
     "base-url": same("https://pack.shimcounty.com", "http://h"),
     "severity": same(None, "debug", "info", "warn", "error"),
     "status": same(None, "ok", "failed", "skipped", "timeout", "retrying", "unknown"),
@@ -492,7 +493,8 @@ test_request = rows(
     Case("others", "{event} --no-gzip --user-agent '1 (a b)'", {"PACKTRACK_" + name: "1" for name in (
         "USER_AGENT", "GZIP")}, requests=[headers(content_encoding=None, user_agent="1 (a b)")]),
     *[Case("base URL " + end, "{event} --base-url http://{host}" + end,
-           env={"PACKTRACK_BASE_URL": "http://h"}, server={"prefix": end.rstrip("/")}, requests=[{"path": end.rstrip("/") + "/api/ingest"}])
+           env={"PACKTRACK_BASE_URL": "http://h"}, server={"prefix": end.rstrip("/")},
+           requests=[{"path": end.rstrip("/") + "/api/ingest"}])
       for end in ("", "/", "///", "/tenant/a//")],
 )
 
