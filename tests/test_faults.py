@@ -496,7 +496,8 @@ test_proxy = rows(
            full=scheme == "http", **by(scheme, **{scheme + "_proxy": value % WORD}))
       for scheme in ("http", "https") for value in (
           "http://user:%s@", "ftp://user:%s@127.0.0.1:9", "http://u:%s@127.0.0.1:99999",
-          "http://u:%s@127.0.0.1:x", "://%s", "http://[%s", "http://b\u00fccher-%s", "https://u:%s@a:9", "socks5://%s@127.0.0.1:9",
+          "http://u:%s@127.0.0.1:x", "://%s", "http://[%s", "http://b\u00fccher-%s", "https://u:%s@a:9",
+          "socks5://%s@127.0.0.1:9",
           "SOCKS5h://%s@127.0.0.1")],
 )
 TWICE = {
