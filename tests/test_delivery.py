@@ -7,6 +7,7 @@ import pathlib
 import select
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -283,6 +284,13 @@ def test_full_pipe(argv, start, server):
             os.close(writer)
 
 
+def test_socket_for_output(run, tmp_path):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "sock"))
+        result = run("--output", "sock", *PIPE.split(), stdin=ndjson(events(1)), key=False)
+    assert (result.code, "cannot write sock: no such device or address" in result.err) == (4, True), result
+
+
 OUT = "--output out "
 test_output = rows(
     Case("a file", OUT + "{events:3} --json", key=False, files={"out": b"old\n"}, json={"delivered": 3},
@@ -468,7 +476,8 @@ PEAK = ("import os, sys\nif not os.fork():\n    os.execv(sys.argv[1], sys.argv[1
         "print(os.wait3(0)[2].ru_maxrss)")  # of a small parent: a process inherits its parent's peak
 FORMS = {"file": "--file in --ndjson", "pipe": PIPE, "async": NOW, "array": "--stdin",
          "8": PIPE + " --connections 8", "invalid": PIPE + " --keep-going",
-         "output": PIPE + " --output /dev/null"}
+         "output": PIPE + " --output /dev/null",
+         "refused": PIPE + " --keep-going --retries 0 --base-url http://127.0.0.1:1"}
 
 
 @full
