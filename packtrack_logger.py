@@ -203,7 +203,6 @@ class Limits:
 def start_thread(work):
     """Run work() in a daemon thread; return a lock that is released at its end. Raises RuntimeError."""
     import threading  # here first: it takes the thread that imports it for the main one
-
     begun, ended = threading.Semaphore(0), threading.Lock()
 
     def run():
@@ -921,8 +920,8 @@ class Source:
             # Opening a FIFO waits for its writer; Linux can wait in poll() instead, within the limits.
             if path != "-" and sys.platform.startswith("linux") and stat.S_ISFIFO(os.stat(path).st_mode):
                 flags |= os.O_NONBLOCK
-            self.raw = io.FileIO(0 if path == "-" else os.open(path, flags), closefd=path != "-")
-            self.identity = os.fstat(self.raw.fileno())
+            self._descriptor = 0 if path == "-" else os.open(path, flags)  # the end of the process closes it
+            self.identity = os.fstat(self._descriptor)
             self.is_file = stat.S_ISREG(self.identity.st_mode)
         except (OSError, ValueError) as error:
             raise InputError("cannot read {}: {}".format(self.name, reason(error)))
@@ -934,10 +933,12 @@ class Source:
             while chunk != b"":
                 self._limits.check(reading=True)
                 if not self.is_file:
-                    wait_until_ready(self.raw.fileno(), self._limits, reading=True)
-                chunk = self.raw.read(BLOCK)
-                if chunk:  # None: non-blocking, and another process was faster
+                    wait_until_ready(self._descriptor, self._limits, reading=True)
+                try:
+                    chunk = os.read(self._descriptor, BLOCK)
                     yield chunk
+                except BlockingIOError:  # another process was faster
+                    pass
         except OSError as error:
             raise InputError("cannot read {}: {}".format(self.name, reason(error)))
 
@@ -2437,7 +2438,6 @@ def read_key(settings, limits, reporter):
                 text += chunk
                 if b"\n" in chunk or len(text) > BLOCK:
                     break
-            source.raw.close()
             line = text.split(b"\n")[0].strip()
             key = parse_header(line.decode("utf-8"))
         except (InputError, ValueError) as error:
