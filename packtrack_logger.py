@@ -1712,7 +1712,8 @@ def accept_valid(reader, delivery):
 
 def keep_until_valid(runs, delivery, name):
     """Hold (number, records) back, in memory or a temporary file, until all are valid; then yield them."""
-    held, end, left_over = io.BytesIO(), 0, []
+    held = file = io.BytesIO()
+    end, left_over = 0, []
     try:
         for number, records in runs:
             left_over = [(number, records)]
@@ -1723,7 +1724,6 @@ def keep_until_valid(runs, delivery, name):
             else:
                 if type(held) is io.BytesIO:
                     from tempfile import TemporaryFile
-
                     file = TemporaryFile(buffering=0)
                     write_all(file.fileno(), held.getbuffer())
                     held = file
@@ -1734,16 +1734,16 @@ def keep_until_valid(runs, delivery, name):
         why = "cannot buffer {}: {} (set TMPDIR, or stream with --async)".format(name, why)
         delivery.note(InputError(why) if isinstance(error, OSError) else as_error(error))
     delivery.total = delivery.read - delivery.invalid
-    if held.closed or delivery.ended is not None and not delivery.keeps_rest:
-        held.close()  # BytesIO does so itself where it finds no memory; else all is yielded, to be saved
-        return
-    with held:
-        held.seek(0)
-        while held.tell() < end:
-            number, size = (int.from_bytes(held.read(8), "little") for _ in range(2))
-            yield number, held.read(size).split(b"\0")
-        yield from left_over
-        yield from runs
+    try:
+        if not held.closed and (delivery.ended is None or delivery.keeps_rest):  # BytesIO closes without memory
+            held.seek(0)
+            while held.tell() < end:
+                number, size = (int.from_bytes(held.read(8), "little") for _ in range(2))
+                yield number, held.read(size).split(b"\0")
+            yield from left_over
+            yield from runs
+    finally:
+        file.close()
 
 
 def read_ahead(runs, delivery, limits, capacity, interval, flushes):

@@ -121,7 +121,7 @@ STANDS_ASIDE = "; running the command without reporting"
 
 
 @pytest.mark.both_forms
-@pytest.mark.parametrize("name", ["json", "argparse", "re", "signal", "zlib", "urllib.parse"])
+@pytest.mark.parametrize("name", ["json", "argparse", "signal", "zlib", "urllib.parse"])
 def test_poor_python(name, program, run, server, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BLOCK % name)
     env = {"PYTHONPATH": str(tmp_path)}

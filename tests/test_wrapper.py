@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from conftest import KEY, Case, clean_environment, rows
+from conftest import KEY, PYTHON, Case, clean_environment, rows
 from standin import Reply, StandIn
 from steps import RESET_AFTER, SILENT
 
@@ -115,6 +115,8 @@ test_streams = rows(
 )
 
 
+@pytest.mark.skipif(not subprocess.run([PYTHON, "-X", "importtime", "-c", ""], stderr=subprocess.PIPE).stderr,
+                    reason="-X importtime came with Python 3.7")
 def test_sends_late(start, server):
     process = start(*SH, "echo ready >&2; read line", server=server, env={"PACKTRACK_HEALTH_ENABLE": "1"},
                     stdin=subprocess.PIPE, python_flags=["-X", "importtime"])
