@@ -1735,7 +1735,7 @@ def keep_until_valid(runs, delivery, name):
         delivery.note(InputError(why) if isinstance(error, OSError) else as_error(error))
     delivery.total = delivery.read - delivery.invalid
     try:
-        if not held.closed and (delivery.ended is None or delivery.keeps_rest):  # BytesIO closes without memory
+        if not held.closed and (delivery.ended is None or delivery.keeps_rest):  # closed for lack of memory
             held.seek(0)
             while held.tell() < end:
                 number, size = (int.from_bytes(held.read(8), "little") for _ in range(2))
