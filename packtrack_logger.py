@@ -712,7 +712,7 @@ def fish_completion():
     for option in OPTIONS:
         value = " -x -a '{}'".format(" ".join(option.choices)) if option.metavar else ""
         value = " -r -F" if option.path else " -s " + option.short[1:] if option.short else value
-        text = option.about.replace("\\", "\\\\").replace("'", "\\'")
+        text = re.sub(r"(['\\])", r"\\\1", option.about)
         lines.append("complete -c packtrack-logger -l {}{} -d '{}'".format(option.name, value, text))
     return "\n".join(lines) + "\n"
 # ---- Events: pure functions from records to records; no files, no clock ------------------------------------
@@ -866,7 +866,8 @@ def completeness_test(defaults):
                 return False
             # In one call: are all of them strings? Below, the lengths: is no name unknown?
             join((message, *source.values(), *workflow.values(), *actor.values()))
-            return ((len(event) == 7 or len(event) == 7 + ("metadata" in event) + ("extra" in event)
+            return ((len(event) == 8 and type(event.get("metadata")) is dict
+                     or len(event) == 7 + ("metadata" in event) + ("extra" in event)
                      and type(event.get("metadata", empty)) is type(event.get("extra", empty)) is dict)
                     and len(source) == 1 + ("env" in source) and len(actor) == 2 + ("display_name" in actor)
                     and len(workflow) == 1 + ("name" in workflow) + ("run_id" in workflow)
@@ -999,43 +1000,40 @@ class Reader:
                 rest, line_break, chunk = chunk.partition(b"\n")
                 yield Refused(rest + line_break, None, ends=False)
                 too_long, self._line = not line_break, self._line + bool(line_break)
-            cut = chunk.rfind(b"\n") + 1
-            if cut:
-                yield from self._whole_lines(bytes(held) + chunk[:cut])
+            if b"\n" in chunk:
+                items, chunk = self._whole_lines(bytes(held) + chunk)
+                yield from items
                 held.clear()
-            held += chunk[cut:]
+            held += chunk
             if len(held) > MAX_RECORD + BLOCK:  # there may be blanks around the record
                 yield Refused(bytes(held), InputError(TOO_LONG, where=self._locate(b"", 0)), ends=False)
                 held, too_long = bytearray(), True
-        yield from self._whole_lines(bytes(held))
+        yield from self._whole_lines(bytes(held) + b"\n")[0]
 
     def _whole_lines(self, data):
-        """Return what whole lines hold: lists of records, and a Refused for what is none."""
-        items, position, size, trusted = [[]], 0, len(data), True
-        text, valid = as_text(data)
-        is_complete, scan, find, append = self._is_complete, scan_once, text.find, items[0].append
-        while position < size:
-            end = find("\n", position)
-            if end < 0:
-                end = size
+        """Return what the whole lines hold: lists of records, and a Refused for what is none; and the rest."""
+        *lines, rest = data.split(b"\n")
+        items, end, first_line = [[]], -1, self._line
+        text, trusted = as_text(data)
+        is_complete, scan, append = self._is_complete, scan_once, items[0].append
+        for line in lines:
+            position = end + 1
+            end = position + len(line)
             try:
-                event, stop = scan(text, position) if trusted else (None, size + 1)
-                if (valid and is_complete(event)
+                event, stop = scan(text, position) if trusted else (None, -1)
+                if (is_complete(event)
                         and (stop == end or stop < end and not text[stop:end].strip(JSON_BLANKS))
                         and (stop - position <= SMALL or exceeded_limit(text[position:stop], event) is None)):
-                    append(data[position:stop])
-                    position = end + 1
+                    append(line if stop == end else data[position:stop])
                     continue
             except (ValueError, StopIteration, RecursionError):
                 pass
-            raw = data[position:end].strip(BLANK)
+            raw = line.strip(BLANK)
             if raw and not self._complete(raw, data, position, items):
                 # scan() does not stop at a line's end: what is wrong could make it read on, line after line
                 append, trusted = items[-1].append, False
-            position = end + 1
-        self._locate(data, size)
-        self._counted = 0
-        return items
+        self._line, self._counted = first_line + len(lines), 0
+        return items, rest
 
     def _complete(self, raw, data, position, items):
         """Add raw, which is at a position of data, to items, completed or Refused; return if it is valid."""
@@ -1158,11 +1156,10 @@ class Boundary:
 def as_text(data):
     """Return bytes as text for the JSON scanner, a character for each byte, and whether they are UTF-8."""
     try:
-        codecs.utf_8_decode(data, "strict", False)  # False: a block's end may cut off its last character
-        valid = True
+        text = codecs.utf_8_decode(data, "strict", False)[0]  # False: the end may cut off a character
     except UnicodeDecodeError:
-        valid = False
-    return data.decode("latin-1"), valid
+        text = None
+    return text if text and len(text) == len(data) else data.decode("latin-1"), text is not None
 
 
 def display(path, standard):
@@ -1684,7 +1681,7 @@ def sha256(body):
 
 def json_array(records):
     """Return the body of a batch: the records' own bytes as a JSON array."""
-    return b"[" + b",".join(records) + b"]"
+    return b",".join(records).join((b"[", b"]"))
 # ---- Delivery: the chain from records to batches, and the one account --------------------------------------
 
 HELD_IN_MEMORY, QUEUE_ITEMS, MOST_RANGES = 16 << 20, 32, 100
@@ -2039,8 +2036,8 @@ class Appender:
 def lock_file(descriptor):
     """Lock an open file against our other processes until it is closed; return whether nobody else has."""
     try:
-        if os.name == "nt":
-            import msvcrt  # on Windows a lock is on bytes from the current position on
+        if os.name == "nt":  # on Windows a lock is on bytes from the current position on
+            import msvcrt
 
             os.lseek(descriptor, 0, os.SEEK_SET)
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
@@ -2048,7 +2045,7 @@ def lock_file(descriptor):
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter is what Windows says of a lock that is taken
+    except (BlockingIOError, PermissionError):  # it is taken; which of them says so depends on the system
         return False
     except OSError:  # a file system without locks
         pass
@@ -2111,7 +2108,7 @@ def run_command(settings, hurry):
         "message": settings["message"] if settings.from_flag("message") else message}
 
 
-def run_on_windows(command, timeout, hurry):
+def run_on_windows(command, timeout, hurry):  # Windows
     """run_on_posix() for Windows, where Ctrl-C reaches every process of the console and there is no TERM."""
     import subprocess
 
@@ -2543,8 +2540,8 @@ def check_health(client, reporter, note=None):
 
 
 def handle_signals(handler, names=("SIGINT", "SIGTERM", "SIGHUP")):
-    """Set the handler of signals, but for those that are ignored, as by nohup."""
-    for number in {getattr(signal, name, signal.SIGTERM) for name in names}:  # Windows has no HUP
+    """Set the handler of signals that the system has, but for those that are ignored, as by nohup."""
+    for number in {getattr(signal, name, signal.SIGTERM) for name in names}:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 

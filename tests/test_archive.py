@@ -134,6 +134,11 @@ def test_poor_python(name, program, run, server, tmp_path):
     assert server.requests == []
 
 
+def test_import_fails():
+    code, out, err = call([PYTHON, "-c", BLOCK % "json" + "; import packtrack_logger"], PYTHONPATH=str(ROOT))
+    assert (code, out) == (1, "") and "packtrack_logger.py" in err and "json" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("version", ["2.7", "3.5"])
 def test_old_python(version, archive, tmp_path):
     home = pathlib.Path(os.path.expanduser("~/.pyenv/versions"))

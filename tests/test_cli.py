@@ -104,6 +104,7 @@ REFUSED = """
 --zzz | unknown flag --zzz; see --help
 --mess x | unknown flag --mess (did you mean "--message"?); see --help
 --no-gzipp | unknown flag --no-gzipp (did you mean "--no-gzip"?); see --help
+--gzipp | unknown flag --gzipp (did you mean "--gzip"?); see --help
 -timeout 5s | unknown flag -t (did you mean "--timeout"?); see --help
 SECRET | <hidden>
 '' | <hidden>
@@ -186,7 +187,7 @@ test_api_key = rows(
     *[Case(path, ["{event}", FILE, path], key=False, requests=1, **fields) for path, fields in (
         ("-", {"stdin": KEY.encode()}), ("/dev/stdin", {"stdin": KEY.encode() + b"\n", "hold": True}),
         ("/dev/fd/7", {"files": {"key": KEY}, "redirect": "7<key"}))],
-    Case("none", "{event}", key=False, both_forms=True, code=1, err=NO_KEY),
+    Case("none", "{event} --json", key=False, both_forms=True, code=1, err=NO_KEY, json={"read": 0}),
     *[Case("file " + name, ["{event}", FILE, name], key=False, files=KEY_FILES,
            secrets=[SECRET], code=1, err="error: --api-key-file: " + why) for name, why in (
         ("none", "cannot read none: no such file or directory"), (".", "cannot read .: is a directory"),

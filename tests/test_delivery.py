@@ -433,7 +433,8 @@ def test_file_changes(change, run, tmp_path):
         return "keep"
 
     with StandIn([step]) as server:
-        assert run("--file", path, "--ndjson", env={"TMPDIR": str(spool)}, server=server).code == 0
+        assert run("--file", path, "--ndjson", env={"TMPDIR": str(spool)}, server=server,
+                   python_flags=["-X", "dev"]).err == ""
     assert server.records == PADDED
 
 

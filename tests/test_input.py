@@ -255,8 +255,9 @@ test_refused = rows(
     Case("late element", J, files={"in": b"[%s,{}]" % b",\n".join([GOOD] * 5000)}, code=1,
          err="error: in:5000: missing required source.system, workflow.id, actor.type, actor.id, "
              "severity, status, message; 5001 records read, 1 invalid, none sent"),
-    Case("17 MiB line", N + " --keep-going", files={"in": b"%s\n%s\n%s\n" % (GOOD, b"x" * 17 * 2**20, TWO)},
-         code=4, requests=1, err="in:2: a record of more than 16 MiB\n"
+    Case("17 MiB line", N + " --keep-going --undelivered left", code=4, requests=1,
+         files={"in": b"%s\n%s\n%s\n" % (GOOD, b"x" * 17 * 2**20, TWO)},
+         after={"left": b"x" * 17 * 2**20 + b"\n"}, err="in:2: a record of more than 16 MiB\n"
          "error: in:2: a record of more than 16 MiB; delivered 2 of 3; 1 invalid"),
     *[Case("100 MB " + argv, argv, stdin=b'{"a":"' + b"x" * 100000000, full=True, code=4,
            err="error: standard input:1: a record of more than 16 MiB")

@@ -3,6 +3,8 @@ import contextlib
 import html
 import json
 import math
+import socket
+import time
 from email.utils import formatdate
 from urllib.parse import quote
 
@@ -160,10 +162,30 @@ def test_batches():
 
 def test_boundary():
     for text in (b'{"a":[1,{"b":"}]\\""}]}', b"{}", b'"\\\\"', b'{"\\u007b":"]"}', b'["{"]', b"-1e5]"):
-        boundary = pl.Boundary()
-        found = [boundary.found(text[:end]) for end in range(1, len(text) + 1)]
-        assert found == [False] * (len(text) - 1) + [True]
         assert pl.Boundary().found(text + b"x")
+        for step in (1, 2, 3, 5):
+            boundary, cuts = pl.Boundary(), [*range(step, len(text), step), len(text)]
+            assert [boundary.found(text[:end]) for end in cuts] == [end == len(text) for end in cuts], step
+
+
+def test_json_errors():
+    for text, column in (("{x", 2), ("\n{x", 2), ("{\n x", 2), ("[1]\n 2", 2), ("\n\n", 1), (" x", 2)):
+        with pytest.raises(pl.InputError, match=" at column %d$" % column):
+            pl.parse_json(text)
+
+
+def test_connect():
+    with RefusedPort() as refused, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        places = [("127.0.0.1", refused.port), listener.getsockname()]
+        addresses = [(family, socket.SOCK_STREAM, 6, "", place)
+                     for family, place in zip((97, 2, 2), places[:1] + places)]
+        with pl.connect(addresses, lambda: 1.0, time.monotonic) as sock:
+            assert sock.getpeername() == places[1]
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        with pytest.raises(ConnectionRefusedError):
+            pl.connect(addresses[:2], lambda: 1.0, time.monotonic)
 
 
 class Clock:
@@ -244,12 +266,13 @@ def test_nearest():
 def test_client(server):
     client = pl.Client(KEY, base_url=server.url)
     client.ingest_event(event(timestamp=MISSING))
-    client.ingest_batch(events(2), idempotency_key="auto")
+    client.ingest_batch([event(metadata={}), event()], idempotency_key="auto")
     client.health_check()
     with pytest.raises(pl.InvalidError, match="^missing required source.system"):
         client.ingest_batch([event(), {}])
     client.close()
     assert [len(request.events) for request in server.requests] == [1, 2, 0]
+    assert server.records[1:] == [event(metadata={}), event()]
     assert server.requests[1].headers["idempotency-key"] == pl.sha256(server.requests[1].body)
     assert (server.connections, client.requests, client.retries) == (1, 3, 0)
     assert client.bytes_sent == sum(len(request.raw_body) for request in server.requests)

@@ -65,7 +65,7 @@ def only(server):
 def call(home, server, tmp_path):
     return lambda argv, env=(): subprocess.run(
         argv, env=clean_environment(home, dict(env), True, server), cwd=str(tmp_path), timeout=60,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 PROBE = r"""
