@@ -83,7 +83,7 @@ def stand_aside(why, code=1):
     except OSError:
         pass
     try:
-        if command and os.name == "nt":
+        if command and os.name == "nt":  # Windows
             code = __import__("subprocess").call(command)
         elif command:
             exec_command(command, *entry_state())
@@ -1011,7 +1011,7 @@ class Reader:
         yield from self._whole_lines(bytes(held) + b"\n")[0]
 
     def _whole_lines(self, data):
-        """Return what the whole lines hold: lists of records, and a Refused for what is none; and the rest."""
+        """Return what whole lines hold, lists of records and a Refused for what is none, and the rest."""
         *lines, rest = data.split(b"\n")
         items, end, first_line = [[]], -1, self._line
         text, trusted = as_text(data)
@@ -1531,8 +1531,9 @@ class Client:
             packer = zlib.compressobj(6, zlib.DEFLATED, 31)  # 31: as gzip, whose date zlib leaves at zero
             body = packer.compress(body) + packer.flush()
         headers["Content-Length"] = len(body)
-        for number in range(1, self._attempts + 1):
-            started = self._limits.clock()
+        number = 0
+        while True:
+            number, started = number + 1, self._limits.clock()
             try:
                 outcome = self._attempt("POST", "/api/ingest", headers, body)
             except (AttemptFailed, RefusedError) as error:

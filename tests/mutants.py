@@ -2,8 +2,8 @@
 
     python tests/mutants.py [--count 300] [--seed 1] [--jobs 2] [--only SECTION] [--coverage] [FILES...]
 
---coverage only says which lines and branches no test runs, save statements and branches whose first line has
-a comment that names Windows or macOS. Survivors that change nothing stand, with the reason, in mutants_equivalent.txt:
+--coverage only says which lines and branches no test runs, save those whose first line has a comment that
+names Windows or macOS. Survivors that change nothing stand, with the reason, in mutants_equivalent.txt:
 blocks of a line that begins with #, the function, and the lines that go and come. Exit code 1: fewer than
 90 % were noticed, or 85 % of a section; or lines that no test runs.
 

@@ -127,6 +127,7 @@ def test_poor_python(name, program, run, server, tmp_path):
     env = {"PYTHONPATH": str(tmp_path)}
     if (name, program) != ("zlib", "py"):  # the module only compresses with it
         assert run(*flags(), env=env, server=server).err == LACKS % (name, "")
+        assert run(*flags(), env=env, server=server, redirect="2>&-").code == 1 + (name == "urllib.parse")
         for command, code in ((["sh", "-c", "echo run; exit 7"], 7), (["./none"], 127), (["."], 126)):
             result = run("--workflow-id", "w", "--", *command, env=env, server=server)
             assert (result.code, result.out) == (code, "run\n" * (code == 7))

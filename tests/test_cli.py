@@ -344,8 +344,8 @@ BAD_URLS = {
         "http://h:0", "http://h:65536", "http://h:-1", "http://h:abc", "http://h:\u0668", "http://h:80:80",
         "http://h:", "http://[::1", "http://h:000080", "http://[::1]:0"),
     "invalid IPv6 address in brackets": ("http://[::zz]", "http://[]", "http://[1.2.3.4]", "http://[::1]x"),
-    "invalid host name": ("http://a..b.com", "http://.a", "http://%s.b" % ("a" * 64), "http://a b",
-                          "http://" + "a." * 127 + "b", "http://\u00a0", "http://h\\x", "http://h\0"),
+    "invalid host name": ("http://a..b.com", "http://.a", "http://%s.b" % ("a" * 64), "http://a b", "http://h\0",
+                          "http://" + "a." * 127 + "b", "http://\u00a0", "http://h\\x", "http://\u00fc..b"),
     "must be percent-encoded ASCII without a fragment": ("http://h/a b", "http://h/\r\n", "http://h/\u00fc"),
     "must not include /api/ingest": ("http://h/api/ingest", "http://h/x/api/ingest//"),
 }
@@ -408,6 +408,7 @@ VERSION = "packtrack-logger %s\n" % pl.VERSION
 LOST = "error: the --json summary is lost: cannot write to standard output: "
 test_information = rows(
     Case("--version", "--version", key=False, out=VERSION, both_forms=True),
+    Case("--version=no", "{event} --version --version=no --help=0", requests=1),
     Case("-V among others", "{event} -V --retries x --file none --json", out=VERSION),
     *[Case(shell, "--completion " + shell, key=False, out=pl.completion(shell))
       for shell in ("bash", "zsh", "fish")],

@@ -61,6 +61,14 @@ def left(delivered, read, records):
 BOTH_LEFT = left(0, 2, "s 1-2")
 
 
+def handles(process, server=None):
+    """A moment for Case.kill: it handles TERM."""
+    status, end = pathlib.Path("/proc/%d/status" % process.pid), time.monotonic() + 20
+    while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> 14 & 1:
+        assert process.popen.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+
+
 def apart(process, server):
     """A moment for Case.kill: too late for two signals to count as one."""
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -235,6 +243,8 @@ def test_kept_privately(start, tmp_path):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             path.rename(tmp_path / str(number))
         assert process.result().code == 2
+    start(*OUT.split(), "--file", "0", "--ndjson", preexec_fn=lambda: os.umask(0)).result()
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o666
     (tmp_path / "link").symlink_to("0")
     result = start("--file", "0", "--ndjson", "--undelivered", "link", server=server).result()
     assert (result.code, result.err) == (1, "packtrack-logger: error: --undelivered" + ITSELF + "\n")
@@ -282,6 +292,22 @@ def test_full_pipe(argv, start, server):
         finally:
             os.close(reader)
             os.close(writer)
+
+
+@linux
+def test_full_pipe_at_the_end(start):
+    """Also the last line may find a pipe that nobody reads: a signal ends the wait."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    process = start("--no-such-flag", stderr=writer)
+    handles(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.result().code == 1
+    os.close(reader)
+    os.close(writer)
 
 
 def test_socket_for_output(run, tmp_path):
@@ -334,6 +360,7 @@ def test_bytes_are_kept(shape, way, run, tmp_path):
 
 
 W = "--timeout 60s "
+EARLY_INT = "import argparse, os\nargparse.ArgumentParser.parse_args = lambda *_: os.kill(os.getpid(), 2)\n"
 test_deadline = rows(
     Case("async stalled pipe", NOW + " --deadline 300ms", stdin=events(2), hold=True, code=3,
          err="error: deadline exceeded; delivered 2 of 2", requests=1),
@@ -342,6 +369,10 @@ test_signal = rows(
     Case("INT", U + W + "{events:5} --batch-size 2 --json", script=[200, SILENT], kill=("INT", 2), code="INT",
          err="error: interrupted (SIGINT)" + left(2, 5, "s 3-5"), requests=2, after={"left": events(5)[2:]},
          json={"delivered": 2, "undelivered": 3, "error": {"kind": "interrupted", "status": None}}),
+    Case("while the key is read", "{event} --api-key-file -", key=False, stdin=b"", hold=True, code="TERM",
+         kill=("TERM", handles), err="error: interrupted (SIGTERM)", marks=[linux]),
+    Case("before it is handled", "{event}", env={"PYTHONPATH": "{tmp}", "PYTHONDONTWRITEBYTECODE": "1"},
+         files={"sitecustomize.py": EARLY_INT}, code="INT", err="error: interrupted (SIGINT)"),
 )
 test_async_signals = rows(
     Case("first flushes", A + PIPE + " --batch-size 2", stdin=events(5), hold=True, kill=("TERM", is_read),
@@ -365,6 +396,9 @@ test_async = rows(
 test_no_flush = rows(
     Case("all", U + A + "--no-flush --json {events:3}", after={"left": events(3)},
          json={"read": 3, "delivered": 0, "undelivered": 3, "invalid": 0, "error": None}),
+    Case("not saved", "--undelivered /dev/full " + A + "--no-flush {events:2}", code=4, marks=[linux],
+         err="error: cannot write /dev/full%s%s; 2 not saved: cannot write /dev/full%s" % (
+             NO_SPACE, BOTH_LEFT, NO_SPACE)),
     Case("a failure counts", A + "--no-flush " + PIPE, stdin=ndjson(events(1)) + BAD, code=1, requests=1,
          err="error: standard input:2: " + LOUD + "; delivered 1 of 2; 1 invalid"),
 )

@@ -86,6 +86,8 @@ test_connection = rows(
           ("RESET_IN_HEADERS", ": connection reset by peer"))],
     *[lone(repr(step.parts), "{host} sent no valid HTTP response" + AFTER_2, [step] * 2)
       for step in (Raw(b"HTTP/1.1 20"), Raw(b"220 mail ESMTP\r\n", "hang"))],
+    lone("amid the body", "{host}: <...>" + AFTER_2, [Fault("reset", lambda *_: "reset", at="headers")] * 2,
+         argv=SEND_BIG + "--timeout 5s", files=BIG),
     lone("gone", "{refused}: <...> refused" + AFTER_2, argv=ONE + "--base-url http://{refused}", retries=1),
     Case("recorded", ONE, script=named("RECORD_THEN_RESET"), requests=2, json=sums(1, 1), sent=[event()] * 2),
 )
@@ -114,6 +116,8 @@ test_body = rows(
            "bytes to {url}\nthe response body broke off: %s\nattempt 1/4: HTTP 200 (<n> ms)" % message)
       for name, message in (("BROKEN_BODY", "<...>"), ("BAD_CHUNK", "{host} sent no valid HTTP response"),
                             ("STALLED_BODY", "timed out after 1s"))],
+    Case("no word of its end", "{event} --verbose", script=[ok(b"\r\n{}", "close")], requests=1,
+         err="record 1: 173 bytes to {url}\nattempt 1/4: HTTP 200 (<n> ms)"),
     Case("more after it", BATCHES + "{events:2}", code=2, requests=2, sent=events(1), script=[
         ok(KEPT + b"HTTP/1.1 200 OK\r\n" + KEPT, "keep"), bad("")],
         json=sums(2, 1, 2, 0, kind="refused", status=400, where="record 2"),
@@ -288,7 +292,8 @@ test_413 = rows(
            status=413, files=BIG, full=bool(tls), **tls) for tls in ({}, TLS)],
 )
 test_kept_connection = rows(
-    all_delivered("closed", 3, [ok(KEPT, "close")] * 2, python_flags=["-X", "dev"]), all_delivered("reset", 3, [ok(KEPT, "reset")] * 2),
+    all_delivered("closed", 3, [ok(KEPT, "close")] * 2, python_flags=["-X", "dev"]),
+    all_delivered("reset", 3, [ok(KEPT, "reset")] * 2),
     all_delivered("closed silently", 3, [Reply(close="silently")] * 2),
     all_delivered("announced", 3, [Reply(close=True)] * 2, 3),
     *[Case(name, BATCHES + "{events:2}", script=[200] + named(name) * 3, code=3, requests=number,
@@ -338,6 +343,9 @@ test_tls = rows(
          err="error: record 1: %s; delivered 0 of 3; not delivered: records 1-3" % ISSUER),
     untrusted("without ssl", "good", "https needs Python's ssl module, which this Python was built without",
               kind="no_tls", **NO_SSL),
+    Case("without ssl, keep going", BATCHES + "--keep-going --base-url https://{host} {events:2}", code=2,
+         **NO_SSL, err="error: record 1: https needs <...>; delivered 0 of 2; not delivered: records 1-2",
+         json=sums(2, 0, 0, 0, kind="no_tls", status=None, where="record 1")),
     Case("http without ssl", ONE, **DONE, **NO_SSL),
     lone("https to a plain port", "{host} does not speak TLS (use http://?)" + AFTER_2, retries=1,
          argv=ONE + "--base-url https://{host}"),

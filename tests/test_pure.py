@@ -1,17 +1,21 @@
 """The module imported: its pure functions, with their clock and their randomness given; and Client."""
 import contextlib
+import errno
+import functools
 import html
 import json
 import math
+import os
 import socket
 import time
+import types
 from email.utils import formatdate
 from urllib.parse import quote
 
 import pytest
 
 import packtrack_logger as pl
-from conftest import KEY, MISSING, event, events
+from conftest import KEY, MISSING, event
 from standin import RefusedPort, Reply, StandIn
 
 NOW = 1700000000.0
@@ -186,6 +190,131 @@ def test_connect():
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         with pytest.raises(ConnectionRefusedError):
             pl.connect(addresses[:2], lambda: 1.0, time.monotonic)
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+    return fail
+
+
+def delivery_of(*arguments, **named):
+    return pl.Delivery(pl.Limits(), pl.Reporter([], {}), *arguments, **named)
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (KeyError(), 2, "internal error: KeyError at line "), (MemoryError(), 3, "out of memory"),
+    (ImportError(name="zlib"), 2, "this Python has no module zlib: ")])
+def test_any_error(error, code, said, monkeypatch):
+    """Wherever it comes up, it is noted and ends the run."""
+    sends, reads = delivery_of(), delivery_of()
+    sends.send = raising(error)
+    pl.send_batches(iter([1]), sends)
+    assert list(pl.read_ahead(map(raising(error), [1]), reads, pl.Limits(), 9, 1, True)) == []
+    monkeypatch.setattr(pl, "deliver_input", raising(error))
+    runs = pl.run(pl.resolve(["--stdin", "--dry-run"], {}), pl.Limits(), pl.Reporter([], {}))
+    for one in (sends, reads, runs):
+        assert list(one.errors) == [code] and one.ended is one.errors[code] and one.ended.ends_run
+        assert str(one.ended).startswith(said)
+
+
+def test_no_threads(monkeypatch):
+    """Where none can be started, the thread that is there does the work, or an error says so."""
+    assert pl.start_thread(raising(MemoryError())).acquire(True, 20)
+    monkeypatch.setattr(pl, "LONGEST_START", 0.01)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(pl._thread, "start_new_thread", lambda *_: None)
+        pl.start_thread(print)
+    monkeypatch.setattr(pl, "start_thread", raising(RuntimeError()))
+    delivery, sent = delivery_of(["one", "two"]), []
+    delivery.send = lambda *one: sent.append(one)
+    pl.send_batches(iter([1, 2]), delivery)
+    assert sent == [(1, "one"), (2, "one")]
+    assert list(pl.read_ahead(iter([]), delivery, pl.Limits(), 9, 1, True)) == []
+    assert str(delivery.errors[4]) == "cannot start a thread: out of memory or processes"
+    assert pl.resolve_host("localhost", 80, lambda: 1.0, "")[0][4][1] == 80
+
+
+def test_account_at_the_end():
+    """What was read and got lost for want of memory, and what comes after a signal, is undelivered."""
+    for keeps, invalid, unkept, ranges in ((True, 1, 6, []), (True, 0, 7, [[3, 9]]), (False, 0, 0, [[3, 9]])):
+        delivery = delivery_of(undelivered_file=object())
+        delivery.read, delivery.delivered, delivery.invalid, delivery.keeps_rest = 9, 2, invalid, keeps
+        delivery.finish()
+        assert (delivery.undelivered, delivery.unkept, delivery.ranges) == (7 - invalid, unkept, ranges)
+        assert delivery.unkept_why == "out of memory" * keeps
+    limits, written = pl.Limits(), []
+    delivery = pl.Delivery(limits, pl.Reporter([], {}), output=types.SimpleNamespace(append=written.append))
+    delivery.send(([b"{}"], [1]))
+    limits.handle_signal(15)
+    delivery.send(([b"[]"], [2]))
+    with pytest.raises(pl.Interrupted):
+        next(pl.Source(__file__, limits).chunks())
+    assert (written, delivery.delivered, delivery.undelivered) == ([b"{}\n"], 1, 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="needs /dev/fd and fork")
+def test_odd_systems(monkeypatch):
+    """Another process was faster; a file system has no locks; there is no room for a process, and no cat."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    steps = iter([lambda: None, lambda: os.write(writer, b"x" * 10**6), lambda: None,
+                  lambda: os.read(reader, 10**6)])
+    monkeypatch.setattr(pl, "wait_until_ready", lambda *_, **__: next(steps)())
+    chunks = pl.Source("/dev/fd/%d" % reader, pl.Limits()).chunks()
+    assert set(next(chunks)) == set(b"x")
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x")
+    pl.write_all(writer, b"abc", pl.Limits())
+    assert os.read(reader, 9) == b"abc"
+    fcntl = pytest.importorskip("fcntl")
+    for error, locked in ((OSError(errno.ENOLCK, ""), True), (BlockingIOError(), False)):
+        monkeypatch.setattr(fcntl, "flock", raising(error))
+        assert pl.lock_file(reader) is locked
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "execve", raising(OSError()))
+        assert os.waitpid(pl.start_canary((reader, writer)), 0)[1] == 0
+        patch.setattr(os, "fork", raising(OSError()))
+        assert pl.start_canary((reader, writer)) is None
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """at(seconds): the monotonic clock's time from then on."""
+    return lambda seconds: monkeypatch.setattr(pl.time, "monotonic", lambda: seconds)
+
+
+def test_progress(at, monkeypatch):
+    """Nothing in the first second; then at most five times a second on a terminal, else once."""
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((30, 9)))
+    for terminal, pause in ((True, 0.25), (False, 1.0)):
+        at(100.0)
+        delivery, lines = delivery_of(), []
+        reporter = delivery.reporter
+        reporter._progress, reporter._terminal, delivery.read = True, terminal, 1
+        reporter.log = functools.partial(lambda lines, text, form: lines.append(form.format("", text)), lines)
+        for seconds in (100.875, 101.0, 101.0 + pause * 0.5, 101.0 + pause):
+            at(seconds)
+            reporter.progress(delivery)
+            delivery.read += 1
+        at(104.0)
+        delivery.delivered, delivery.total, delivery.undelivered = 12, 60, 3
+        reporter.progress(delivery)
+        told = ["2 records read", "4 records read", "5 records read, 12 delivered, 3/s, 25 %"]
+        assert lines == [line[:29] if terminal else ": %s\n" % line for line in told]
+        reporter._progress = False
+        at(200.0)
+        reporter.progress(delivery)
+        assert len(lines) == 3
+
+
+def test_progress_of_reading():
+    reader = types.SimpleNamespace(records=lambda: iter([[b"1", b"2"], [b"3"]]), single=False)
+    delivery, shown = delivery_of(), []
+    delivery.reporter.progress = lambda delivery: shown.append(delivery.read)
+    assert list(pl.accept_valid(reader, delivery)) == [(1, [b"1", b"2"]), (3, [b"3"])] and shown == [2, 3]
 
 
 class Clock:
