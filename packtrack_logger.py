@@ -567,6 +567,7 @@ def settle(settings):
         (("file",), not settings["stdin"], "and {} cannot be used together".format(sources.get("stdin"))),
         (NOT_WITH_COMMAND + ("dry-run",), not command, alone),
         (("output",), not command or settings["output"] != "-", "- " + alone),
+        (("output",), settings["output"] != settings["undelivered"], "and --undelivered name the same file"),
         (("severity", "status"), not command, alone + ", whose outcome sets it"),
         (("api-key-file",), keyless or not reads_stdin or settings["api-key-file"] not in STANDARD_INPUT,
          "cannot be standard input: the {} it".format("command reads" if command else "events come from")),
@@ -1528,8 +1529,11 @@ class Client:
             import zlib
 
             headers["Content-Encoding"] = "gzip"
-            packer = zlib.compressobj(6, zlib.DEFLATED, 31)  # 31: as gzip, whose date zlib leaves at zero
-            body = packer.compress(body) + packer.flush()
+            packer, packed = zlib.compressobj(6, zlib.DEFLATED, 31), []  # 31: gzip, its date left at zero
+            for start in range(0, len(body), MOST_OF_BODY):
+                self._limits.check()
+                packed.append(packer.compress(body[start:start + MOST_OF_BODY]))
+            body = b"".join(packed) + packer.flush()
         headers["Content-Length"] = len(body)
         number = 0
         while True:
@@ -2576,10 +2580,8 @@ def main(argv=None):
         gc.disable()  # records make no cycles, and to look for some among millions takes a third of the time
         delivery = run(settings, limits, reporter)
         error = delivery.error
-    except Interrupted:
-        pass
-    except KeyboardInterrupt:  # before it was handled
-        limits.signals.append(signal.SIGINT)
+    except (Interrupted, KeyboardInterrupt):  # the latter before it was handled
+        limits.signals = limits.signals or [signal.SIGINT]
     except Exception as failure:
         error = as_error(failure)
     ended_by = limits.signals[0] if limits.signals else None  # a later one only ends the report

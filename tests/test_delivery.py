@@ -69,6 +69,14 @@ def handles(process, server=None):
         time.sleep(0.005)
 
 
+def is_stopped(process, server):
+    """A moment for Case.kill: what comes now, it handles at once when it goes on."""
+    path, end = pathlib.Path("/proc/%d/stat" % process.pid), time.monotonic() + 20
+    while path.read_text().rsplit(")", 1)[1].split()[0] != "T":
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 def apart(process, server):
     """A moment for Case.kill: too late for two signals to count as one."""
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -208,6 +216,8 @@ test_undelivered = rows(
     Case("full", "--undelivered /dev/full " + PIPE, stdin=ndjson(events(2)), default=400, code=2,
          marks=[linux], err="error: records 1-2" + WORDS + BOTH_LEFT + "; 2 not saved: cannot write /dev/full"
              + NO_SPACE, requests=1),
+    Case("output too", U + "--output left {events:2}", key=False, code=1,
+         err="error: --output and --undelivered name the same file"),
     Case("standard input", "--undelivered in " + PIPE, files={"in": events(2)}, redirect="<in", code=1,
          err="error: --undelivered" + ITSELF),
     Case("output is the input", "--output - --file in --ndjson", files={"in": events(2)}, redirect=">>in",
@@ -380,9 +390,9 @@ test_async_signals = rows(
     Case("second stops", U + A + W + PIPE + " --batch-size 2", stdin=events(5), hold=True, default=SILENT,
          kill=[("TERM", 1), ("INT", apart), ("INT", apart), ("INT", apart)], code="TERM",
          err="error: interrupted (SIGTERM)" + left(0, 5, "s 1-5"), requests=1, after={"left": events(5)}),
-    Case("two at once are one", A + PIPE + " --batch-size 2", stdin=events(5), hold=True, code="TERM",
-         kill=[("TERM", is_read), ("TERM", lambda process, server: None)], requests=3,
-         err="error: interrupted (SIGTERM); delivered 5 of 5"),
+    Case("two at once are one", A + PIPE + " --batch-size 2", stdin=events(5), hold=True, code="HUP",
+         kill=[("STOP", is_read), *[(name, is_stopped) for name in ("TERM", "HUP", "CONT")]], marks=[linux],
+         err="error: interrupted (SIGHUP); delivered 5 of 5", requests=3),
 )
 
 

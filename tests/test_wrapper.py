@@ -105,6 +105,18 @@ def test_blocked_signals(run, server):
     assert masks == [0x4200, 0x10000], result
 
 
+@linux
+def test_pending_signal(run, server):
+    """What came before the command ran is passed on to it."""
+    def pend():
+        signal.pthread_sigmask(signal.SIG_BLOCK, {10})
+        os.kill(os.getpid(), 10)
+
+    result = run(*OURS, sys.executable, "-c", "import signal; print(+signal.sigwait([10]))", server=server,
+                 preexec_fn=pend)
+    assert (result.out, result.err, len(server.records)) == ("10\n", "", 1)
+
+
 test_streams = rows(
     Case("standard input and output", [*SH, "cat; echo told >&2"], stdin="line\n" * 60000,
          out="line\n" * 60000, err="| told", requests=1),
