@@ -12,44 +12,31 @@ import tempfile
 
 import pytest
 
-LEAF = """basicConstraints = critical, CA:FALSE
-keyUsage = critical, digitalSignature
-extendedKeyUsage = serverAuth
-subjectKeyIdentifier = hash
-"""
 CONFIG = """\
 [ca]
-default_ca = authority
-[authority]
-dir = .
-database = $dir/index.txt
-new_certs_dir = $dir
+database = index.txt
+new_certs_dir = .
 rand_serial = yes
 default_md = sha256
 policy = anything
-copy_extensions = copy
 unique_subject = no
-email_in_dn = no
 [anything]
 commonName = supplied
 [req]
-distinguished_name = name
-prompt = no
-[name]
-commonName = packtrack test
+distinguished_name = anything
 [root]
 basicConstraints = critical, CA:TRUE
 keyUsage = critical, keyCertSign, cRLSign
 subjectKeyIdentifier = hash
-[here]
-""" + LEAF + """authorityKeyIdentifier = keyid
-subjectAltName = DNS:localhost, IP:127.0.0.1, IP:::1
-[elsewhere]
-""" + LEAF + """authorityKeyIdentifier = keyid
-subjectAltName = DNS:elsewhere.example
-[alone]
-""" + LEAF + """subjectAltName = DNS:localhost, IP:127.0.0.1, IP:::1
+[leaf]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+%s
 """
+NAMES = "subjectAltName = DNS:localhost, IP:127.0.0.1, IP:::1"
+SIGNED = "authorityKeyIdentifier = keyid\n"
 # root is for SSL_CERT_FILE; the others are (certificate file, key file): for localhost, 127.0.0.1 and ::1,
 # for the same but of 2020, for elsewhere.example, for the good names but vouched for by nobody.
 Authority = collections.namedtuple("Authority", "root good expired other_host self_signed")
@@ -62,7 +49,6 @@ def authority():
         pytest.skip("openssl is not installed")
     directory = pathlib.Path(tempfile.mkdtemp(prefix="packtrack-certs-"))
     atexit.register(shutil.rmtree, str(directory), ignore_errors=True)
-    (directory / "openssl.cnf").write_text(CONFIG, encoding="ascii")
     (directory / "index.txt").write_text("", encoding="ascii")
 
     def openssl(line, *more):
@@ -70,16 +56,17 @@ def authority():
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
         assert done.returncode == 0, "openssl %s: %s" % (line, done.stdout.decode("utf-8", "replace"))
 
-    def certify(name, subject, extensions, signer="-cert root.pem -keyfile root.key", end="20491231"):
+    def certify(name, subject, names, kind="leaf", signer="-cert root.pem -keyfile root.key", end="20491231"):
+        (directory / "openssl.cnf").write_text(CONFIG % names, encoding="ascii")
         openssl("ecparam -name prime256v1 -genkey -noout -out %s.key" % name)
         openssl("req -new -config openssl.cnf -key {0}.key -out {0}.csr -subj".format(name), "/CN=" + subject)
-        openssl("ca -batch -notext -config openssl.cnf -extensions %s -startdate 20200101000000Z -enddate "
-                "%s235959Z -in %s.csr -out %s.pem %s" % (extensions, end, name, name, signer))
+        openssl("ca -name ca -batch -notext -config openssl.cnf -extensions %s -startdate 20200101000000Z "
+                "-enddate %s235959Z -in %s.csr -out %s.pem %s" % (kind, end, name, name, signer))
         return str(directory / (name + ".pem")), str(directory / (name + ".key"))
 
     return Authority(
-        root=certify("root", "packtrack test authority", "root", "-selfsign -keyfile root.key")[0],
-        good=certify("good", "localhost", "here"),
-        expired=certify("expired", "localhost", "here", end="20200201"),
-        other_host=certify("other", "elsewhere.example", "elsewhere"),
-        self_signed=certify("alone", "localhost", "alone", "-selfsign -keyfile alone.key"))
+        root=certify("root", "packtrack test authority", "", "root", "-selfsign -keyfile root.key")[0],
+        good=certify("good", "localhost", SIGNED + NAMES),
+        expired=certify("expired", "localhost", SIGNED + NAMES, end="20200201"),
+        other_host=certify("other", "elsewhere.example", SIGNED + "subjectAltName = DNS:elsewhere.example"),
+        self_signed=certify("alone", "localhost", NAMES, signer="-selfsign -keyfile alone.key"))

@@ -7,6 +7,7 @@ Exits 1 if anything does not arrive as it should. Standard library only; Python 
 import functools
 import json
 import os
+import pathlib
 import platform
 import shlex
 import subprocess
@@ -36,17 +37,13 @@ def perform(archive, server, folder, title, words, as_expected, statuses, pipe=N
     seen, before = len(server.records), len(server.requests)
     env = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "HOME": folder, "PACKTRACK_API_KEY": KEY,
            "PACKTRACK_BASE_URL": server.url}
-    with open(os.path.join(folder, pipe) if pipe else os.devnull, "rb") as source:
-        feeder = subprocess.Popen(["cat"], stdin=source, stdout=subprocess.PIPE)
-    process = subprocess.Popen([sys.executable, archive, *words], cwd=folder, env=env, stdin=feeder.stdout,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    feeder.stdout.close()
-    out, err = process.communicate()
-    feeder.wait()
-    for line in (out + err).decode("utf-8", "replace").splitlines():
+    given = pathlib.Path(folder, pipe).read_bytes() if pipe else b""
+    done = subprocess.run([sys.executable, archive, *words], cwd=folder, env=env, input=given,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in done.stdout.decode("utf-8", "replace").splitlines():
         print("   %s" % line)
     requests, records = server.requests[before:], server.records[seen:]
-    print("   exit code %d; at the server:" % process.returncode)
+    print("   exit code %d; at the server:" % done.returncode)
     lines = ["     %s %s  %-12s %7d bytes%s  -> %s" % (
         one.method, one.path, "array of %d" % len(one.json) if isinstance(one.json, list) else "object",
         len(one.raw_body), " (gzip)" if "content-encoding" in one.headers else "", one.status)
@@ -57,17 +54,16 @@ def perform(archive, server, folder, title, words, as_expected, statuses, pipe=N
     good, answered = as_expected(records), [request.status for request in requests]
     print("   records: %d, %s" % (len(records), "as expected" if good else "NOT AS EXPECTED"))
     return ["%s: %s" % (title, why) for wrong, why in (
-        (process.returncode != code, "exit code %d" % process.returncode),
+        (done.returncode != code, "exit code %d" % done.returncode),
         (not good, "other records arrived than should"),
         (answered != statuses, "the server answered %s, not %s" % (answered, statuses)),
-        (KEY.encode("ascii") in out + err, "the API key was printed")) if wrong]
+        (KEY.encode("ascii") in done.stdout, "the API key was printed")) if wrong]
 
 
 def main(argv):
     """Run the demo; 0 if all arrived."""
     if len(argv) != 2 or not os.path.isfile(argv[1]):
-        print("usage: demo.py ARCHIVE (make build makes dist/packtrack-logger.pyz)", file=sys.stderr)
-        return 1
+        return "usage: demo.py ARCHIVE (make build makes dist/packtrack-logger.pyz)"
     # One event, one array, then a 503 for the stream's second batch.
     with tempfile.TemporaryDirectory() as folder, StandIn(script=[200, 200, 200, 503]) as server:
         print("%s on Python %s; the stand-in service listens on %s" % (
@@ -75,10 +71,8 @@ def main(argv):
         one = make_event("checkout completed", cart_total=123.45)
         array = [make_event("step %d" % number, step=number) for number in (1, 2, 3)]
         stream = [make_event("event %d" % number, number=number) for number in range(NUMBER)]
-        with open(os.path.join(folder, "events.json"), "w") as file:
-            json.dump(array, file, indent=2)
-        with open(os.path.join(folder, "events.ndjson"), "w") as file:
-            file.write("".join(json.dumps(each) + "\n" for each in stream))
+        pathlib.Path(folder, "events.json").write_text(json.dumps(array, indent=2))
+        pathlib.Path(folder, "events.ndjson").write_text("".join(json.dumps(each) + "\n" for each in stream))
         command = ["sh", "-c", "exit 3"] if os.name == "posix" else [sys.executable, "-c", "exit(3)"]
         step = functools.partial(perform, os.path.abspath(argv[1]), server, folder)
         wrong = step("1. One event from flags", [
@@ -87,8 +81,8 @@ def main(argv):
         wrong += step("2. A file with a JSON array", ["--file", "events.json"], array.__eq__, [200])
         wrong += step(
             "3. %d events as NDJSON through a pipe, gzipped; the server fails once on the way" % NUMBER,
-            ["--stdin", "--ndjson", "--gzip", "--json"], stream.__eq__,
-            [200, 503] + [200] * (NUMBER // 100 - 1), pipe="events.ndjson")
+            "--stdin --ndjson --gzip --json".split(), stream.__eq__, [200, 503] + [200] * (NUMBER // 100 - 1),
+            pipe="events.ndjson")
         wrong += step(
             "4. The outcome of a command, whose exit code stands", [*WHO, "--", *command],
             lambda records: [each["metadata"]["exit_code"] for each in records] == [3], [200], code=3)

@@ -24,10 +24,9 @@ async def carry(reader, writer, delay):
             over.set_result(None)
 
     while data:
-        try:
+        data = b""
+        with contextlib.suppress(OSError):
             data = await reader.read(1 << 18)
-        except OSError:
-            data = b""
         waiting.append(data)
         loop.call_later(delay, deliver)
     await over
@@ -36,7 +35,6 @@ async def carry(reader, writer, delay):
 
 
 async def serve(port, delay):
-    """Accept until standard input closes."""
     async def converse(reader, writer):
         with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.CancelledError):
             there, back = await asyncio.open_connection("127.0.0.1", port)

@@ -39,9 +39,9 @@ def serve(connection):
             start = block.find(b"\r\n\r\n", 0, filled) + 4
             head = bytes(block[:start]).lower() if start > 3 else b""
             at = head.find(b"\r\ncontent-length:")
-            length = int(head[at + 17:].split(b"\r\n", 1)[0]) if at >= 0 else 0
-            block.extend(bytes(max(0, start + length - len(block))))
-            if not head or filled < start + length:
+            end = start + (int(head[at + 17:].split(b"\r\n", 1)[0]) if at >= 0 else 0)
+            block.extend(bytes(max(0, end - len(block))))
+            if not head or filled < end:
                 got = connection.recv_into(memoryview(block)[filled:])
                 filled += got
                 continue
@@ -50,15 +50,14 @@ def serve(connection):
             else:
                 with LOCK:  # taken before the answer, so that nobody reads the counts in between
                     connection.sendall(ANSWER)
-                    counts.update(requests=1, bytes=length, connections=first)
+                    counts.update(requests=1, bytes=end - start, connections=first)
                     if b"\r\ncontent-encoding: gzip" in head:
-                        PACKED.append(bytes(block[start:start + length]))
+                        PACKED.append(bytes(block[start:end]))
                     else:
-                        counts["records"] += block.count(MARK, start, start + length)
+                        counts["records"] += block.count(MARK, start, end)
                 first = False
-            rest = filled - start - length
-            block[:rest] = block[start + length:filled]
-            filled = rest
+            filled -= end
+            block[:filled] = block[end:end + filled]
 
 
 def accept(listener):

@@ -1,7 +1,6 @@
 """A pseudo-terminal with a program on it, as a person at a window has, and what that person sees."""
 import codecs
 import contextlib
-import fcntl
 import os
 import re
 import select
@@ -9,20 +8,20 @@ import socket
 import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 import unicodedata
 
-# leader|job TTY CONTROL COMMAND...: makes TTY the controlling terminal of its session and becomes
+import pytest
+
+fcntl, termios = map(pytest.importorskip, ("fcntl", "termios"))  # elsewhere there are no pseudo-terminals
+
+# leader|job CONTROL COMMAND...: makes its standard input the controlling terminal of its session and becomes
 # the command (leader), or runs it as a shell runs a foreground job and tells CONTROL what becomes of it.
 TERMINAL = """\
 import fcntl, os, signal, sys, termios
-mode, fd, control, argv = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
-for stream in (0, 1, 2):
-    os.dup2(fd, stream)
-os.close(fd)
+mode, control, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 if mode == "leader":
     os.close(control)
     os.execvp(argv[0], argv)
@@ -70,8 +69,10 @@ class Screen:
     def put(self, character):
         """Show a character, or do what it is for."""
         last = self.columns - 1
-        if character == "\n":
+        if character == "\n" and self.row < self.rows - 1:
             self.row += 1
+        elif character == "\n":
+            self.cells = [*self.cells[1:], [" "] * self.columns]
         elif character in "\r\b\t":
             self.column = {"\r": 0, "\b": max(0, min(self.column, last) - 1),
                            "\t": min(last, self.column // 8 * 8 + 8)}[character]
@@ -81,23 +82,18 @@ class Screen:
                 self.column = 0
             self.cells[self.row][self.column] = character
             self.column += 1
-        while self.row >= self.rows:
-            self.cells = [*self.cells[1:], [" "] * self.columns]
-            self.row -= 1
 
     def control(self, name, numbers):
         """Do what a control sequence asks for (ECMA-48)."""
-        first, line = numbers[0], self.cells[self.row]
+        first, step, line = numbers[0], max(1, numbers[0]), self.cells[self.row]
         if name in "ABCD":
-            step = max(1, first)
             self.row = max(0, min(self.rows - 1, self.row + {"A": -step, "B": step}.get(name, 0)))
             self.column = max(0, min(self.columns - 1, self.column + {"C": step, "D": -step}.get(name, 0)))
         elif name in "GH":
             self.column = min(self.columns, max(1, first if name == "G" else [*numbers, 1][1])) - 1
-            self.row = self.row if name == "G" else min(self.rows, max(1, first)) - 1
+            self.row = self.row if name == "G" else min(self.rows, step) - 1
         elif name == "P":  # the rest of the line moves to the left
-            self.cells[self.row] = (line[:self.column] + line[self.column + max(1, first):]
-                                    + [" "] * max(1, first))[:self.columns]
+            line[:] = [*line[:self.column], *line[self.column + step:], *" " * step][:self.columns]
         elif name in "KJ":
             start, end = [(self.column, self.columns), (0, self.column + 1), (0, self.columns)][first]
             line[start:end] = [" "] * (end - start)
@@ -106,30 +102,23 @@ class Screen:
                 other[:] = [" "] * self.columns
 
     def __str__(self):
-        lines = ["".join(line).rstrip() for line in self.cells]
-        return "\n".join(lines).rstrip("\n") + "\n"
+        return "\n".join("".join(line).rstrip() for line in self.cells).rstrip("\n") + "\n"
 
 
 class Terminal:
     """A program on a pseudo-terminal of its own."""
 
     def __init__(self, mode, argv, env, cwd, columns=80, rows=24):
-        self.columns, self.rows = columns, rows
+        self.columns, self.rows, self.output = columns, rows, b""
         self.master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self.control, other = socket.socketpair()
         self.control.settimeout(20)
-        self.output = b""
-        try:
+        with other, open(slave, "rb") as tty:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", TERMINAL, mode, str(slave), str(other.fileno()), *argv],
-                env=env, cwd=str(cwd), start_new_session=True, pass_fds=[slave, other.fileno()],
-                stdin=subprocess.DEVNULL)
-        finally:
-            os.close(slave)
-            other.close()
-        # A terminal is closed only when nobody reads it.
-        self._stop, self._stopper = os.pipe()
+                [sys.executable, "-c", TERMINAL, mode, str(other.fileno()), *argv], env=env, cwd=str(cwd),
+                start_new_session=True, pass_fds=[other.fileno()], stdin=tty, stdout=tty, stderr=tty)
+        self._stop, self._stopper = os.pipe()  # a terminal is closed only when nobody reads it
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -139,22 +128,16 @@ class Terminal:
                 self.output += os.read(self.master, 65536)
 
     def type(self, data):
-        """Press keys."""
         os.write(self.master, data)
 
-    def screen(self):
-        """What is seen of the output."""
-        return self.wait_for_screen("")
-
-    def wait_for(self, text, since=0, read=None, timeout=20):
+    def wait_for(self, text, since=0, read=bytes):
         """Block until this is in the output, or in what read(output) makes of it; that."""
-        end = time.monotonic() + timeout
-        while True:
-            seen = read(self.output[since:]) if read else self.output[since:]
-            if text in seen:
-                return seen
+        end, seen = time.monotonic() + 20, read(self.output[since:])
+        while text not in seen:
             assert time.monotonic() < end, "waited for %r: %s" % (text, seen)
             time.sleep(0.005)
+            seen = read(self.output[since:])
+        return seen
 
     def wait_for_screen(self, text, since=0, read=str):
         """Block until this is seen; the screen, read through a function."""
@@ -173,14 +156,13 @@ class Terminal:
         return self.control.recv(100).decode("ascii").split()
 
     def code(self):
-        """Wait for the end."""
         return self.process.wait(20)
 
     def last_screen(self):
         """Wait for the end, and until nobody has the terminal open; the screen."""
         self.code()
         self._reader.join(20 if sys.platform == "linux" else 1)  # elsewhere nothing says that all have gone
-        return self.screen()
+        return self.wait_for_screen("")
 
     def close(self):
         """End whatever is left: the foreground job is hung up when its shell dies."""

@@ -7,24 +7,17 @@ import subprocess
 import pytest
 
 import packtrack_logger
-
-if os.name != "posix":
-    pytest.skip("the shells run on POSIX systems", allow_module_level=True)
-
 from terminal import Terminal
 
+ZSH = "unsetopt beep promptsp; LISTMAX=0; PS1='READY> '; %s\nautoload -Uz compinit; compinit -u -D; %s"
 # How each is started, and what it reads first.
 SHELLS = {
     "bash": (["bash", "--noprofile", "--rcfile", "rc", "-i"], """
         bind 'set show-all-if-ambiguous on'; bind 'set bell-style none'; bind 'set enable-bracketed-paste off'
         bind 'set completion-query-items 0'; bind 'set page-completions off'
         PS1='READY> '; . ./script; cd work"""),
-    "zsh": (["zsh", "-d", "-i"], """
-        unsetopt beep promptsp; LISTMAX=0; fpath=($PWD $fpath); PS1='READY> '
-        autoload -Uz compinit; compinit -u -D; cd work"""),
-    "zsh-sourced": (["zsh", "-d", "-i"], """
-        unsetopt beep promptsp; LISTMAX=0; PS1='READY> '
-        autoload -Uz compinit; compinit -u -D; . ./script; cd work"""),
+    "zsh": (["zsh", "-d", "-i"], ZSH % ("fpath=($PWD $fpath)", "cd work")),
+    "zsh-sourced": (["zsh", "-d", "-i"], ZSH % ("", ". ./script; cd work")),
     "fish": (["fish", "--no-config", "-i", "-C", "source rc"], """
         function fish_prompt; echo -n 'READY> '; end; function fish_right_prompt; end
         set -g fish_greeting; set -g fish_autosuggestion_enabled 0; set -g fish_color_normal normal
@@ -71,23 +64,18 @@ def press(request, home, scratch):
     terminal.close()
 
 
-def name_of(value):
-    """The id of a case."""
-    return value.replace(" ", "_") if isinstance(value, str) else ""
-
-
 @pytest.mark.parametrize("typed, result", [
     ("--sev", "--severity"), ("--severity d", "--severity debug"), ("--status ret", "--status retrying"),
     ("--completion z", "--completion zsh"), ("--file ev", "--file events.json"),
     ("--file my", "--file my events.json"), ("--undelivered ev", "--undelivered events.json"),
     ("--gzip --command-t", "--gzip --command-timeout"), ("--gzip -- nightly-b", "--gzip -- " + COMMAND),
-    ("-- %s ev" % COMMAND, "-- %s events.json" % COMMAND)], ids=name_of)
+    ("-- %s ev" % COMMAND, "-- %s events.json" % COMMAND)])
 def test_word(typed, result, press):
     assert press(typed + "\t", result)[0] == result
 
 
 @pytest.mark.parametrize("typed", [
-    "--timeout e", "--message e", "-- %s --sev" % COMMAND, "--no-g", "--no-j", "e"], ids=name_of)
+    "--timeout e", "--message e", "-- %s --sev" % COMMAND, "--no-g", "--no-j", "e"])
 def test_nothing_is_known(typed, press):
     # What is typed after the Tab shows that it has been dealt with.
     assert press(typed + "\tXY", "XY") == (typed + "XY", "")
@@ -97,7 +85,7 @@ def test_nothing_is_known(typed, press):
     ("--severity ", ["debug", "error", "info", "warn"]),
     ("--status ", ["failed", "ok", "retrying", "skipped", "timeout", "unknown"]),
     ("--completion ", ["bash", "fish", "zsh"]), ("--file ", PATHS), ("--n", ["--ndjson", "--no-flush"]),
-    ("--actor-", ["--actor-display", "--actor-id", "--actor-type"])], ids=name_of)
+    ("--actor-", ["--actor-display", "--actor-id", "--actor-type"])])
 def test_list(typed, listed, press):
     screen = press(typed + "\t", listed[-1])[1]
     for option in packtrack_logger.OPTIONS:

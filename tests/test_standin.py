@@ -1,9 +1,9 @@
 """The stand-in keeps the contract, and each of its faults does what its name says."""
 import contextlib
+import glob
 import gzip
 import http.client
 import json
-import os
 import socket
 import threading
 
@@ -28,7 +28,6 @@ def post(server, body, path="/api/ingest", method="POST", drop=(), **headers):
 
 
 def raw_request(body):
-    """The bytes of an ingest request."""
     return ("POST /api/ingest HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nX-PackTrack-Key: "
             "%s\r\nContent-Length: %d\r\n\r\n" % (KEY, len(body))).encode("ascii") + body
 
@@ -36,8 +35,7 @@ def raw_request(body):
 def converse(server, data, enough=200000, seconds=20.0):
     """Send `data`; (what came back, how it ended: "FIN", "RST", "enough" or "silence")."""
     got = b""
-    with socket.create_connection(("127.0.0.1", server.port)) as sock:
-        sock.settimeout(seconds)
+    with socket.create_connection(("127.0.0.1", server.port), seconds) as sock:
         try:
             sock.sendall(data)
             while len(got) < enough:
@@ -73,15 +71,13 @@ def test_what_is_good_is_recorded_byte_for_byte():
         event(colour="red"), event(timestamp="2025-01-01"), event(actor__name="x"))]],
     ids=lambda value: str(value)[:40])
 def test_what_the_service_refuses_is_not_recorded(status, changes):
-    changes = dict(changes)
     with StandIn() as server:
-        assert post(server, changes.pop("body", event()), **changes)[0] == status
+        assert post(server, **{"body": event(), **changes})[0] == status
     assert (server.records, len(server.checks), server.requests[0].status) == ([], 1, status)
 
 
 def test_connections_are_kept_but_where_the_reply_closes():
-    closing = [Reply(close=True), Reply(close="silently")]
-    with StandIn(script=[200, 204, 205, 301, 304, 404, 503, *closing]) as server:
+    with StandIn([200, 204, 205, 301, 304, 404, 503, Reply(close=True), Reply(close="silently")]) as server:
         got, end = converse(server, raw_request(ONE) * 8)
         assert (server.connections, got.count(b"HTTP/1.1"), end) == (1, 8, "FIN")
         assert got.count(b"Connection: close") == 1
@@ -89,28 +85,26 @@ def test_connections_are_kept_but_where_the_reply_closes():
         assert (b"Connection: close" in got, end) == (False, "FIN")
 
 
-# What is not FIN after the beginning of a 200: how it ends, what comes first, how much is enough.
+# What is not FIN after the beginning of a 200: how much is enough, how it ends, what comes first.
+ENDLESS = {"DRIP_HEADERS": 30, "DRIP_BODY": 90, "DRIP_TRAILERS": 120, "ENDLESS_100": 2000,
+           "ENDLESS_TRAILERS": 2000, "HUGE_BODY": 10000000, "NEVER_ENDING_BODY": 10000000}
 ENDS = {name: end for end, names in {
     "silence": "SILENT_BEFORE SILENT UNREAD_BODY EARLY_200 SLOW_READER SILENT_BODY STALLED_BODY HTML_BODY "
-               "GARBAGE_BODY EMPTY_BODY", "FIN RST": "CLOSE_BEFORE",
+               "GARBAGE_BODY EMPTY_BODY", "FIN RST": "CLOSE_BEFORE", "enough": " ".join(ENDLESS),
     "RST": "RESET_BEFORE RESET_AFTER RECORD_THEN_RESET RESET_IN_HEADERS EARLY_413 RESET_BODY",
-    "enough": "DRIP_HEADERS DRIP_BODY DRIP_TRAILERS ENDLESS_100 ENDLESS_TRAILERS HUGE_BODY NEVER_ENDING_BODY",
 }.items() for name in names.split()}
 FIRST = {"EARLY_413": b"HTTP/1.1 413 ", "ENDLESS_100": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 100",
          "BANNER": b"SSH-2.0-", "HTTP_09": b"<html>", "HALF_HEADERS": b"HTTP/1.1 200 OK\r\nContent-Ty",
          **dict.fromkeys("RESET_BEFORE CLOSE_BEFORE SILENT_BEFORE RESET_AFTER CLOSE SILENT UNREAD_BODY "
                          "EARLY_200 SLOW_READER RECORD_THEN_RESET RECORD_THEN_CLOSE".split(), b"")}
-ENDLESS = {"DRIP_HEADERS": 30, "DRIP_BODY": 90, "DRIP_TRAILERS": 120, "ENDLESS_100": 2000,
-           "ENDLESS_TRAILERS": 2000, "HUGE_BODY": 10000000, "NEVER_ENDING_BODY": 10000000}
 
 
 @pytest.mark.parametrize("name", sorted(FAULTS))
 def test_a_fault_does_what_its_name_says(name):
     first = FIRST.get(name, b"HTTP/1.1 " if name.endswith("_STATUS") else b"HTTP/1.1 200 OK\r\n")
-    end = ENDS.get(name, "FIN")
+    end, enough = ENDS.get(name, "FIN"), ENDLESS.get(name, 200000)
     with StandIn(script=[FAULTS[name]]) as server:
-        got, ended = converse(server, raw_request(ONE), ENDLESS.get(name, 200000),
-                              0.2 if end == "silence" else 20)
+        got, ended = converse(server, raw_request(ONE), enough, 0.2 if end == "silence" else 20)
     overtaken = ended == "RST" and got == first[:len(got)]  # a reset may overtake what was sent before it
     assert (got.startswith(first) or overtaken) and ended in end.split()
     records = FAULTS[name].records
@@ -138,16 +132,12 @@ def test_what_is_no_request():
 
 
 def test_no_thread_and_no_socket_is_left():
-    threads, sockets = threading.active_count(), []
-    files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    hanging = [*map(FAULTS.get, ("SILENT", "DRIP_BODY", "NEVER_ENDING_BODY")), Reply(delay=3600),
-               Reply(delay=threading.Event())]
-    with StandIn(script=hanging) as server:
+    threads, files = threading.active_count(), len(glob.glob("/proc/self/fd/*"))
+    script = [*map(FAULTS.get, ("SILENT", "DRIP_BODY", "NEVER_ENDING_BODY")), Reply(delay=3600),
+              Reply(delay=threading.Event())]
+    with contextlib.ExitStack() as sockets, StandIn(script=script) as server:
         for _ in range(200):
-            sockets.append(socket.create_connection(("127.0.0.1", server.port)))
-            sockets[-1].sendall(raw_request(ONE))
+            sock = sockets.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            sock.sendall(raw_request(ONE))
         server.wait_for_requests(200, timeout=60)
-    for sock in sockets:
-        sock.close()
-    assert threading.active_count() == threads
-    assert not files or len(os.listdir("/proc/self/fd")) == files
+    assert (threading.active_count(), len(glob.glob("/proc/self/fd/*"))) == (threads, files)
