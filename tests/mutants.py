@@ -163,13 +163,17 @@ class Module:
         return len(missing)
 
     def uses(self, line):
-        """The lines whose tests are those of this one, which runs when the module is imported."""
-        names = set()
+        """The lines that use what this one, which runs when the module is imported, makes of some names."""
+        names, size = set(), -1
         for node in ast.walk(self.tree):
             if isinstance(node, ast.FunctionDef) and node.lineno <= line < node.body[0].lineno:
                 return {node.body[-1].lineno, node.body[0].lineno}
-            if isinstance(node, ast.Assign) and node.lineno <= line <= node.end_lineno:
-                names |= {one.id for target in node.targets for one in ast.walk(target) if hasattr(one, "id")}
+        while len(names) > size:  # also by way of other names
+            size = len(names)
+            for node in self.tree.body:
+                if isinstance(node, ast.Assign) and (node.lineno <= line <= node.end_lineno or any(
+                        getattr(one, "id", None) in names for one in ast.walk(node.value))):
+                    names |= {one.id for one in ast.walk(ast.Tuple(node.targets)) if hasattr(one, "id")}
         return {node.lineno for node in ast.walk(self.tree) if getattr(node, "col_offset", 0) > 0
                 and (getattr(node, "id", None) in names or getattr(node, "attr", None) in names)}
 
@@ -209,7 +213,7 @@ def changes(node, source):
             isinstance(one, ast.Starred) for one in node.args):
         words = [source(one) for one in node.args] + [
             ("%s=" % one.arg if one.arg else "**") + source(one.value) for one in node.keywords]
-        if words[0] != words[1]:
+        if words[0] != words[1] and source(node.func) not in ("min", "max"):
             yield "%s(%s)" % (source(node.func), ", ".join([words[1], words[0], *words[2:]]))
     elif isinstance(node, ast.Return) and node.value is not None and source(node) != "return None":
         yield "return None"

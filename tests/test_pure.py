@@ -6,6 +6,7 @@ import html
 import json
 import math
 import os
+import re
 import socket
 import time
 import types
@@ -30,6 +31,7 @@ def test_option_table():
         assert (option.metavar is None) is option.is_boolean
         assert option.short == {"help": "-h", "verbose": "-v", "version": "-V"}.get(option.name)
         assert option.path == (option.name in ("api-key-file", "file", "undelivered", "output"))
+    assert re.findall(r"'\*(--\w+)\[", pl.completion("zsh")) == ["--meta"]  # repeatable
 
 
 def test_durations():
@@ -124,6 +126,13 @@ def test_completion_of_records():
         assert completed == wanted and list(completed) == [name for name in pl.FIELDS if name in wanted], what
         assert json.dumps([defaults, record]) == before
         assert record == wanted or not pl.completeness_test(defaults)(record)
+    is_complete, more = pl.completeness_test({}), {"metadata": {}, "extra": {}}
+    for path in "source__env workflow__name workflow__run_id workflow__step_id actor__display_name".split():
+        assert is_complete(event(**{path: "x"}, **more)) and is_complete(event(metadata={}, **{path: "x"}))
+        assert not is_complete(event(**{path + "s": "x"}, **more)) and not is_complete(event(**{path: 1}))
+    for name in ("metadata", "extra", "zzz"):
+        assert is_complete(event(**{name: {}})) is (name != "zzz") and not is_complete(event(**{name: []}))
+        assert not is_complete({**event(), "zzz": {}, "metadata": {}, name: 5})
     settings = pl.resolve("--workflow-id w --run-id r --meta a=1 --severity warn".split(), {})
     assert pl.event_defaults(settings) == {
         "workflow": {"id": "w", "run_id": "r"}, "metadata": {"a": "1"}, "severity": "warn"}
@@ -248,6 +257,7 @@ def test_account_at_the_end():
     delivery.send(([b"{}"], [1]))
     limits.handle_signal(15)
     delivery.send(([b"[]"], [2]))
+    limits.patience = 2  # one ends the reading
     with pytest.raises(pl.Interrupted):
         next(pl.Source(__file__, limits).chunks())
     assert (written, delivery.delivered, delivery.undelivered) == ([b"{}\n"], 1, 1)
@@ -274,6 +284,10 @@ def test_odd_systems(monkeypatch):
         monkeypatch.setattr(fcntl, "flock", raising(error))
         assert pl.lock_file(reader) is locked
     with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        for path, saving, error in (("new", True, pl.InvalidError), (__file__, False, pl.InputError)):
+            with pytest.raises(error, match="cannot write .*: permission denied$"):
+                pl.Appender(path, "--output", pl.Limits(), None, saving)
         patch.setattr(os, "execve", raising(OSError()))
         assert os.waitpid(pl.start_canary((reader, writer)), 0)[1] == 0
         patch.setattr(os, "fork", raising(OSError()))
