@@ -404,6 +404,12 @@ def test_help(run):
     assert re.findall(r"^  ([0-9][0-9+n]*) +\w", result.out, re.M) == ["0", "1", "2", "3", "4", "128+n"]
 
 
+def test_help_of_what_the_outcome_sets(run):
+    text = " ".join(run("--help", key=False).out.split())
+    for name in ("severity", "status"):
+        assert re.search(r"--%s WORD [^[]*\brequired; set by the outcome with a COMMAND\b" % name, text), name
+
+
 VERSION = "packtrack-logger %s\n" % pl.VERSION
 LOST = "error: the --json summary is lost: cannot write to standard output: "
 test_information = rows(

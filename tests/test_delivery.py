@@ -202,6 +202,7 @@ def test_connections(run, tmp_path):
 
 
 U = "--undelivered left "
+SITE = {"PYTHONPATH": "{tmp}/site", "PYTHONDONTWRITEBYTECODE": "1"}
 ONE = ndjson([event()])[:-1]
 BOTH = ndjson(events(2)) + BAD + ndjson(events(3)[2:])
 LINES = json.dumps([event()], indent=1)
@@ -218,6 +219,10 @@ test_undelivered = rows(
              + NO_SPACE, requests=1),
     Case("output too", U + "--output left {events:2}", key=False, code=1,
          err="error: --output and --undelivered name the same file"),
+    Case("the file itself", "--undelivered in --file in --ndjson", files={"in": events(2)}, default=400,
+         code=1, err="error: --undelivered" + ITSELF),
+    Case("output to the file itself", "--output ./in --file in --ndjson", files={"in": events(2)}, code=1,
+         err="error: --output" + ITSELF),
     Case("standard input", "--undelivered in " + PIPE, files={"in": events(2)}, redirect="<in", code=1,
          err="error: --undelivered" + ITSELF),
     Case("output is the input", "--output - --file in --ndjson", files={"in": events(2)}, redirect=">>in",
@@ -247,61 +252,106 @@ def test_kept_privately(start, tmp_path):
         for number, line in enumerate(ndjson(events(2)).splitlines(True)):
             process.stdin.write(line)
             process.stdin.flush()
+            end = time.monotonic() + 20
             while kept_in(path) != [line]:
-                assert process.popen.poll() is None
+                assert process.popen.poll() is None and time.monotonic() < end
                 time.sleep(0.01)
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             path.rename(tmp_path / str(number))
         assert process.result().code == 2
     start(*OUT.split(), "--file", "0", "--ndjson", preexec_fn=lambda: os.umask(0)).result()
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o666
-    (tmp_path / "link").symlink_to("0")
-    result = start("--file", "0", "--ndjson", "--undelivered", "link", server=server).result()
+
+
+def test_link_to_the_input(run, tmp_path):
+    (tmp_path / "in").write_bytes(ndjson(events(2)))
+    (tmp_path / "link").symlink_to("in")
+    with StandIn(default=400) as server:
+        result = run("--file", "in", "--ndjson", "--undelivered", "link", server=server)
+    assert (tmp_path / "in").read_bytes() == ndjson(events(2))
     assert (result.code, result.err) == (1, "packtrack-logger: error: --undelivered" + ITSELF + "\n")
 
 
+def test_moved_while_locked(start, tmp_path):
+    """The lock of a file that is moved away while it is waited for is not that of the name."""
+    path = tmp_path / "left"
+    path.touch()
+    lock = os.open(str(path), os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with StandIn(default=400) as server:
+        process = start(*(U + PIPE).split(), stdin=ndjson(events(2)), server=server)
+        server.wait_for_requests(1)
+        apart(process, server)  # it waits for the lock
+        path.rename(tmp_path / "again")
+        os.close(lock)
+        assert process.result().code == 2
+    assert (kept_in(tmp_path / "again"), kept_in(path)) == ([], ndjson(events(2)).splitlines(True))
+
+
+# The reader and the sender have something to keep at the same time, and take their time over it.
+SLOW_FILE = """
+import os, time
+opened, written = os.open, os.write
+def open_slowly(path, *rest, **more):
+    descriptor = opened(path, *rest, **more)
+    time.sleep(0.2 * (path == "left"))
+    return descriptor
+def write_slowly(descriptor, data):
+    time.sleep(0.3 * (descriptor > 2))
+    return written(descriptor, data)
+os.open, os.write = open_slowly, write_slowly
+"""
+test_two_to_keep = rows(Case(
+    "at once", U + "--async --keep-going --batch-size 1 " + PIPE, SITE, default=400, code=2, requests=1,
+    files={"site/sitecustomize.py": SLOW_FILE}, stdin=ndjson(events(1)) + BAD, timeout=8,
+    err="standard input:2: " + LOUD + "\nrecord 1" + WORDS + "\nerror: record 1" + WORDS
+    + left(0, 2, " 1") + "; 1 invalid", after={"left": BAD + ndjson(events(1))}))
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["deadline", "TERM"])
 @pytest.mark.parametrize("what", ["fifo", "locked"])
 @pytest.mark.parametrize("flag", ["--undelivered", "--output"])
-def test_stuck_output(flag, what, start, tmp_path):
+def test_stuck_output(flag, what, late, start, tmp_path):
     """A FIFO without a reader, a file that another has locked: a deadline ends the wait, and signals do."""
     path, saves = tmp_path / "out", flag == "--undelivered"
     (os.mkfifo if what == "fifo" else pathlib.Path.touch)(path)
     lock = os.open(str(tmp_path if what == "fifo" else path), os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     with StandIn(default=400) as server:
-        argv = [flag, "out", *PIPE.split(), "--json"]
-        late = start(*argv, "--deadline", "300ms", stdin=ndjson(events(2)), server=server).result()
-        stopped = start(*argv, stdin=ndjson(events(2)), server=server)
-        server.wait_for_requests(2 * saves)
-        for _ in range(1 + saves):
-            apart(stopped, server)
-            assert stopped.popen.poll() is None
-            stopped.send_signal(signal.SIGTERM)
-        stopped = stopped.result()
+        process = start(flag, "out", *PIPE.split(), "--json", *["--deadline=300ms"] * late,
+                        stdin=ndjson(events(2)), server=server)
+        server.wait_for_requests(int(saves))
+        for _ in range(0 if late else 1 + saves):
+            apart(process, server)
+            assert process.popen.poll() is None
+            process.send_signal(signal.SIGTERM)
+        result = process.result()
     os.close(lock)
-    for result, why in ((late, "locked, or nobody reads it"), (stopped, "interrupted")):
-        assert ("; 2 not saved: cannot write out: " + why in result.err) is saves, result
-        assert result.summary["undelivered"] == 2
-    assert (late.code, stopped.code) == (2 if saves else 3, -signal.SIGTERM)
+    why = "locked, or nobody reads it" if late else "interrupted"
+    assert ("; 2 not saved: cannot write out: " + why in result.err) is saves, result
+    assert result.summary["undelivered"] == 2
+    assert result.code == (-signal.SIGTERM if not late else 2 if saves else 3)
 
 
 @pytest.mark.parametrize("argv", [["--output", "-"], ["--verbose", "--batch-size", "1"]])
-def test_full_pipe(argv, start, server):
-    for flags, code in ((["--deadline", "500ms"], 3), ([], -signal.SIGTERM)):
-        reader, writer = os.pipe()
-        try:
-            process = start(*argv, *PIPE.split(), *flags, stdin=ndjson(events(3000)), server=server,
-                            **{"stdout" if "-" in argv else "stderr": writer})
-            if not flags:
-                poll = select.poll()
-                poll.register(writer, select.POLLOUT)
-                while poll.poll(0):
-                    time.sleep(0.01)
-                process.send_signal(signal.SIGTERM)
-            assert process.result().code in (code, 0 if "--verbose" in argv else code)
-        finally:
-            os.close(reader)
-            os.close(writer)
+@pytest.mark.parametrize("late", [True, False], ids=["deadline", "TERM"])
+def test_full_pipe(late, argv, start, server):
+    reader, writer = os.pipe()
+    try:
+        process = start(*argv, *PIPE.split(), *["--deadline=500ms"] * late, stdin=ndjson(events(3000)),
+                        server=server, **{"stdout" if "-" in argv else "stderr": writer})
+        if not late:
+            poll = select.poll()
+            poll.register(writer, select.POLLOUT)
+            while poll.poll(0):
+                time.sleep(0.01)
+            apart(process, server)  # it is amid a write
+            process.send_signal(signal.SIGTERM)
+        code = 3 if late else -signal.SIGTERM
+        assert process.result().code in (code, 0 if late and "--verbose" in argv else code)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 @linux
@@ -372,6 +422,8 @@ def test_bytes_are_kept(shape, way, run, tmp_path):
 W = "--timeout 60s "
 EARLY_INT = "import argparse, os\nargparse.ArgumentParser.parse_args = lambda *_: os.kill(os.getpid(), 2)\n"
 test_deadline = rows(
+    *[Case("700h of a pipe" + argv, PIPE + " --deadline 700h" + argv, stdin=events(1), requests=1)
+      for argv in ("", " --async")],
     Case("async stalled pipe", NOW + " --deadline 300ms", stdin=events(2), hold=True, code=3,
          err="error: deadline exceeded; delivered 2 of 2", requests=1),
 )
@@ -381,18 +433,62 @@ test_signal = rows(
          json={"delivered": 2, "undelivered": 3, "error": {"kind": "interrupted", "status": None}}),
     Case("while the key is read", "{event} --api-key-file -", key=False, stdin=b"", hold=True, code="TERM",
          kill=("TERM", handles), err="error: interrupted (SIGTERM)", marks=[linux]),
-    Case("before it is handled", "{event}", env={"PYTHONPATH": "{tmp}", "PYTHONDONTWRITEBYTECODE": "1"},
-         files={"sitecustomize.py": EARLY_INT}, code="INT", err="error: interrupted (SIGINT)"),
+    Case("before it is handled", "{event}", env=SITE, files={"site/sitecustomize.py": EARLY_INT},
+         code="INT", err="error: interrupted (SIGINT)"),
 )
+OPEN_ARRAY = b"[" + ndjson(events(2))[:-1].replace(b"\n", b",")  # no comma follows its last record
+test_array_signal = rows(
+    Case("kept", U + "--stdin --json", stdin=OPEN_ARRAY, hold=True, kill=("TERM", is_read), code="TERM",
+         err="error: interrupted (SIGTERM)" + BOTH_LEFT, json={"read": 2, "undelivered": 2},
+         after={"left": events(2)}),
+    Case("async", A + "--stdin --json", stdin=OPEN_ARRAY, hold=True, kill=("TERM", is_read), code="TERM",
+         err="error: interrupted (SIGTERM); delivered 2 of 2", json={"read": 2, "delivered": 2}, requests=1),
+)
+# A signal as soon as the report is written, and one at the very end.
+AFTER_REPORT = """
+import os, signal
+written, ended = os.write, os._exit
+def write(descriptor, data):
+    size = written(descriptor, data)
+    descriptor == 1 and os.kill(os.getpid(), signal.SIG{0})
+    return size
+def end(code):
+    os.kill(os.getpid(), signal.SIG{0})
+    ended(code)
+os.write, os._exit = write, end
+"""
+test_signal_after_the_report = rows(*[
+    Case(name, "{event} --json", SITE, files={"site/sitecustomize.py": AFTER_REPORT.format(name).encode()},
+         requests=1, json={"ok": True, "delivered": 1})
+    for name in ("TERM", "INT", "HUP")])
+
+
+@linux
+def test_signal_while_validating(start, server, tmp_path):
+    """What a regular file still holds is not copied: that took 16 s."""
+    with open(str(tmp_path / "in"), "wb") as file:
+        for _ in range(100):
+            file.write(ndjson([event(extra={"padding": "x" * 60000})]) * 20)
+    process = start(*(U + "--file in --ndjson").split(), server=server)
+    counts = pathlib.Path("/proc/%d/io" % process.pid)
+    while int(counts.read_text().split()[1]) < 20 << 20:  # bytes that were read
+        assert process.popen.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    code = process.result().code
+    assert [path.name for path in tmp_path.iterdir()] == ["in"] and server.requests == []
+    assert code == -signal.SIGTERM
+
+
 test_async_signals = rows(
     Case("first flushes", A + PIPE + " --batch-size 2", stdin=events(5), hold=True, kill=("TERM", is_read),
          code="TERM", err="error: interrupted (SIGTERM); delivered 5 of 5", requests=3),
     Case("second stops", U + A + W + PIPE + " --batch-size 2", stdin=events(5), hold=True, default=SILENT,
          kill=[("TERM", 1), ("INT", apart), ("INT", apart), ("INT", apart)], code="TERM",
          err="error: interrupted (SIGTERM)" + left(0, 5, "s 1-5"), requests=1, after={"left": events(5)}),
-    Case("two at once are one", A + PIPE + " --batch-size 2", stdin=events(5), hold=True, code="HUP",
-         kill=[("STOP", is_read), *[(name, is_stopped) for name in ("TERM", "HUP", "CONT")]], marks=[linux],
-         err="error: interrupted (SIGHUP); delivered 5 of 5", requests=3),
+    Case("two at once are one", A + PIPE + " --batch-size 2", stdin=events(5), hold=True, code="INT",
+         kill=[("STOP", is_read), *[(name, is_stopped) for name in ("TERM", "INT", "CONT")]], marks=[linux],
+         default=Reply(delay=0.3), err="error: interrupted (SIGINT); delivered 5 of 5", requests=3),
 )
 
 

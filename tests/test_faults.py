@@ -418,6 +418,8 @@ test_addresses = rows(
         ("refused, then live", ONE, [FOUR % 1, SIX % 1]),
         ("no such family, then live", ONE, ["(99, ('x', 1))"]),
         ("dead, then live", ONE + "--timeout 20s", [FOUR % "dead"]))],
+    Case("dead, then live, in time", ONE + "--timeout 20s", marks=[linux], timeout=4,
+         files=site(to(FOUR % "dead", FOUR % "{port}"), DEAD), **LIVE),
     lone("families alternate", "service.invalid:80: connection refused, after 1 attempt",
          argv=ONE + "--retries 0", env=AWAY, files=site(
              to(SIX % 1, SIX % 2, SIX % 3, FOUR % 4, FOUR % 5), LOUD.replace(
@@ -498,6 +500,9 @@ test_proxy = rows(
           ("200, an end", Raw(b"HTTP/1.1 200 OK\r\n\r\n"), "service.invalid:443: <...>"))],
     *[lone("refused, " + scheme, "proxy {refused}: connection refused" + AFTER_2, retries=1,
            **by(scheme, "{refused}")) for scheme in ("http", "https")],
+    *[lone("TLS to it, " + scheme, scheme + "_proxy: must be http://<...>", code=1, where=scheme + "_proxy",
+           proxy=[tunnel()], proxied=0, **by(scheme, **{scheme + "_proxy": "https://user:%s@{proxy}" % WORD}))
+      for scheme in ("http", "https")],
     lone("no such name", "cannot resolve proxy proxy.invalid: Name or service not known" + AFTER_2, retries=1,
          files=site(UNKNOWN), **by("https", "proxy.invalid:8", **SITE)),
     *[lone("%s %s" % (scheme, value), scheme + "_proxy: must be http://[USER:PASSWORD@]HOST[:PORT] (value "
