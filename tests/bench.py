@@ -79,14 +79,11 @@ if lines:
 
 # A process inherits its parent's peak through fork and exec, so the one that is measured gets a small parent.
 PEAK = """\
-import os, sys
-child = os.fork()
-if not child:
-    os.execv(sys.argv[2], sys.argv[2:])
-_, status, usage = os.wait4(child, 0)
+import os, resource, sys
+code = os.spawnv(os.P_WAIT, sys.argv[2], sys.argv[2:])
 with open(sys.argv[1], "w") as file:
-    file.write(str(usage.ru_maxrss))
-sys.exit(status >> 8 or -status)
+    file.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
 """
 
 
@@ -111,19 +108,15 @@ class Bench:
     def __init__(self, sizes, python, scratch, port):
         self.sizes, self.python, self.scratch, self.port, self.rows = sizes, python, scratch, port, []
         self.host = "127.0.0.1:%d" % port
-        self.environment = {
-            "PATH": os.environ.get("PATH", os.defpath), "HOME": scratch, "TMPDIR": scratch,
-            "PACKTRACK_API_KEY": KEY, "PACKTRACK_BASE_URL": "http://" + self.host}
+        self.environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch, "TMPDIR": scratch,
+                            "PACKTRACK_API_KEY": KEY, "PACKTRACK_BASE_URL": "http://" + self.host}
         archive = os.path.join(scratch, "packtrack-logger.pyz")
         subprocess.run(["sh", os.path.join(HERE, "..", "build_zipapp.sh"), "--python", python, "--output",
                         archive], env=dict(os.environ, PYTHON=python), stdout=subprocess.DEVNULL, check=True)
         self.program = [python, archive]
 
     def seconds(self, argv, records=0, requests=None, pipe=None, code=0):
-        """Run to the end and return the seconds it took; the sink must have got exactly that many records.
-
-        pipe: a file that cat writes to its input.
-        """
+        """Run, its input what `cat pipe` writes; the seconds, if the sink got exactly that many records."""
         with open(os.path.join(self.scratch, "stderr"), "w+b") as stderr:
             feeder = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) if pipe else None
             begin = time.perf_counter()
@@ -175,19 +168,17 @@ class Bench:
         """Many events, against the plain loop; what comes from a pipe against a loop that reads one, too."""
         count = self.sizes.events
         lines, array = self.make(count), self.make(count, "array")
-        sends = {"records": count, "requests": -(-count // 100)}
-        pipe, streams = dict(sends, pipe=lines), {"records": count, "pipe": lines}
-        floor, program = [self.python, "-c", FLOOR_BATCHES, self.host], self.program
-        file = [*program, "--ndjson", "--file", lines]
+        streams, sends = {"records": count, "pipe": lines}, {"records": count, "requests": -(-count // 100)}
+        floor, pipe = [self.python, "-c", FLOOR_BATCHES, self.host], {**sends, **streams}
+        file, stdin = [[*self.program, "--ndjson", *source] for source in (["--file", lines], ["--stdin"])]
         self.compare(
             self.sizes.rounds,
             ("_", "", 0, [*floor, lines, KEY, ""], sends),
             ("{:,} events, NDJSON file".format(count), "_", 1.25, file, sends),
             ("_pipe", "", 0, [*floor, "", KEY, ""], pipe),
-            ("the same from a pipe", "_pipe", 1.25, [*program, "--stdin", "--ndjson"], pipe),
-            ("the same from a pipe, `--async`", "_pipe", 1.5, [*program, "--stdin", "--ndjson", "--async"],
-             streams),
-            ("the same as one JSON array", "_", 1.5, [*program, "--file", array], sends),
+            ("the same from a pipe", "_pipe", 1.25, stdin, pipe),
+            ("the same from a pipe, `--async`", "_pipe", 1.5, [*stdin, "--async"], streams),
+            ("the same as one JSON array", "_", 1.5, [*self.program, "--file", array], sends),
             ("_gzip", "", 0, [*floor, lines, KEY, "gzip"], sends),
             ("the same file, `--gzip`", "_gzip", 1.15, [*file, "--gzip"], sends))
 
@@ -280,18 +271,15 @@ def main():
                 try:
                     part()
                 except Missed as error:
-                    missed.append("%s: %s" % (part.__name__, error))
+                    missed.append("FAILED %s: %s" % (part.__name__, error))
     print("Python %s, %d cores, %s; medians of %d (start) and %d%s\n" % (
         version, os.cpu_count() or 0, platform.platform(), sizes.starts, sizes.rounds,
         "; --quick: fewer events and rounds" if options.quick else ""))
     rows = [("measure", "floor", "program", "ratio", "bound", "verdict"), *bench.rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, tuple("-" * width for width in widths))
-    for row in rows:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-    for line in missed:
-        print("FAILED " + line)
-    print("took %d s" % (time.monotonic() - begin))
+    table = ["| %s |" % " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
+    print("\n".join([*table, *missed, "took %d s" % (time.monotonic() - begin)]))
     return 1 if missed or any(row[-1] != "good" for row in bench.rows) else 0
 
 

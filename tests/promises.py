@@ -63,14 +63,12 @@ gzip is named as such | input::test_refused[gzip]
 # server and network
 connection faults are retried | faults::test_connection
 silence and drips end at --timeout | faults::test_silence
-2xx is delivered whatever its body does | faults::test_body
-a stalled 2xx body costs a second, not a timeout | faults::test_stalled_body
+2xx is delivered whatever its body does; stalled, in a second | faults::test_body faults::test_stalled_body
 not HTTP, bad statuses, absurd headers: retried | faults::test_not_http
 a 200 before the body was sent is not delivered | faults::test_early_200
 statuses and their verdicts | faults::test_status
 redirects are final, and name where they point | faults::test_redirect
-429 and 5xx with and without Retry-After | faults::test_retry_after
-Retry-After past 60 s or the deadline ends the attempts | faults::test_retry_after
+429 and 5xx; Retry-After, which past 60 s or the deadline ends the attempts | faults::test_retry_after
 413 splits a batch; one event is final; early 413 is seen | faults::test_413
 401, 403, 404 end the run even with --keep-going | delivery::test_keep_going
 certificates, TLS faults in words; https to a plain port, http to a TLS port | faults::test_tls
@@ -85,9 +83,8 @@ health path, prefix, user agent, headers | cli::test_request
 standard streams closed or full: the verdict stands | cli::test_information delivery::test_full_pipe
 little memory | delivery::test_little_memory
 # --async
-records stream, batches close on size, bytes, interval | delivery::test_async
+records stream; batches close on size, bytes, interval, and at a bad record | delivery::test_async
 a full queue makes the reader wait | delivery::test_queue
-a bad record flushes what is queued | delivery::test_async
 a failure ends the run while the input is idle | faults::test_idle_input
 first signal flushes, second stops; several within 0.2 s are one | delivery::test_async_signals
 under timeout(1), 40 times | delivery::test_under_timeout

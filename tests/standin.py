@@ -11,8 +11,7 @@ Arguments of StandIn
     tls       (certfile, keyfile): speak https; (certfile, keyfile, fault): with a fault of TLS_FAULTS
     strict    check what would get a 2xx as the service does: method and path (404), key (401), content type
               (415), encoding, JSON and schema (400), and answer that status instead; why goes to `checks`
-    prefix    path in front of /api/ingest and the health path;  health  that path, default /api/health
-    host      address to listen on, default 127.0.0.1; "::1" works too
+    prefix    path in front of /api/ingest and the health path;  health  that path;  host  to listen on
 renew(...) takes script, default, key, strict, health anew and forgets all that was: one server, many tests.
 
 Steps, in steps.py
@@ -26,10 +25,10 @@ Steps, in steps.py
                   next request). records=True: counts as a 2xx
     function(server, sock, request)
                   does the rest of the connection itself; it is closed afterwards, unless the function returns
-                  "keep" or "reset". Helpers: acknowledge, pause and hang of the server
+                  "keep" or "reset". Helpers: acknowledge and pause of the server
 
 Attributes: url, port, requests, records, raw_records, connections, checks, and garbage: what came in that is
-not a whole HTTP request. Request: method, path, headers, raw_body, body, json, events, status, time.
+not a whole HTTP request. Request: method, path, headers, raw_body, body, json, events, status.
 
 Standard library only; Python 3.6 or newer. Raw sockets, a thread for each connection.
 """
@@ -38,57 +37,39 @@ import gzip
 import http.client
 import json
 import re
-import selectors
 import socket
 import ssl
 import struct
 import threading
-import time
 import types
 import zlib
 
 from steps import TLS_FAULTS, Reply
 
 KEY = "pk-test-5ecre7-K3y-do-not-print"
-INGEST = "/api/ingest"
 HEALTH = "/api/health"
-MAX_HEAD = 1 << 20
-SCHEMA = {  # object: (required fields, optional fields)
-    "": (("severity", "status", "message", "timestamp"), ()),
-    "source": (("system",), ("env",)),
-    "workflow": (("id",), ("name", "run_id", "step_id")),
-    "actor": (("type", "id"), ("display_name",)),
-}
-SEVERITIES = ("debug", "info", "warn", "error")
-STATUSES = ("ok", "failed", "skipped", "timeout", "retrying", "unknown")
-TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
+ANY, SOME = "(?s).*", "(?s).+"
+SCHEMA = {  # what texts match; with a ? what may be absent or null, and {} for an object of any fields
+    "severity": "debug|info|warn|error", "status": "ok|failed|skipped|timeout|retrying|unknown",
+    "message": SOME, "timestamp": r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)",
+    "source": {"system": SOME, "env?": ANY},
+    "workflow": {"id": SOME, "name?": ANY, "run_id?": ANY, "step_id?": ANY},
+    "actor": {"type": SOME, "id": SOME, "display_name?": ANY}, "metadata?": {}, "extra?": {}}
 
 
-def check_schema(event):
+def check_schema(value, schema=SCHEMA, name="event"):
     """What the service has against this event, or None."""
-    if not isinstance(event, dict):
-        return "an event must be an object"
-    for name, (required, optional) in SCHEMA.items():
-        part = event if not name else event.get(name)
-        if not isinstance(part, dict):
-            return "%s must be an object" % name
-        for field in required:
-            if not isinstance(part.get(field), str) or not part[field]:
-                return "%s.%s must be a string that is not empty" % (name, field)
-        for field in optional:
-            if not isinstance(part.get(field, ""), (str, type(None))):
-                return "%s.%s must be a string" % (name, field)
-        if name and set(part) - set(required + optional):
-            return "unknown field in %s" % name
-    if set(event) - set(SCHEMA) - set(SCHEMA[""][0]) - {"metadata", "extra"}:
-        return "unknown field"
-    if event["severity"] not in SEVERITIES or event["status"] not in STATUSES:
-        return "bad severity or status"
-    if not TIMESTAMP.fullmatch(event["timestamp"]):
-        return "bad timestamp"
-    for name in ("metadata", "extra"):
-        if not isinstance(event.get(name), (dict, type(None))):
-            return "%s must be an object" % name
+    if isinstance(schema, str):
+        return None if isinstance(value, str) and re.fullmatch(schema, value) else "bad text in %s" % name
+    if not isinstance(value, dict):
+        return "%s must be an object" % name
+    if schema and set(value) - {field.strip("?") for field in schema}:
+        return "unknown field in %s" % name
+    for field, part in schema.items():
+        inner = value.get(field.strip("?"))
+        why = (inner is not None or field[-1] != "?") and check_schema(inner, part, field)
+        if why:
+            return why
     return None
 
 
@@ -116,7 +97,6 @@ class Request:
             self.headers[name] = self.headers[name] + ", " + value if name in self.headers else value
         self.raw_body = self.body = b""
         self.json = self.wrong = self.status = None
-        self.time = 0.0
 
     def __repr__(self):
         return "<Request %s %s: %s, %d bytes>" % (self.method, self.path, self.status, len(self.raw_body))
@@ -126,15 +106,8 @@ class Request:
         """The events in the body, as a list."""
         return self.json if isinstance(self.json, list) else [] if self.json is None else [self.json]
 
-    @property
-    def keeps_alive(self):
-        """Whether the client lets the connection be used again."""
-        wish = self.headers.get("connection", "").lower()
-        return "close" not in wish and (self.version == "HTTP/1.1" or "keep-alive" in wish)
-
     def finish(self, raw_body):
         """Take the body: decode it as far as that goes."""
-        self.time = time.monotonic()
         self.raw_body = self.body = raw_body
         encoding = self.headers.get("content-encoding", "gzip")
         try:
@@ -146,10 +119,6 @@ class Request:
                 self.json = json.loads(self.body.decode("utf-8"), parse_constant=int)
         except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
             self.wrong = "body: %s" % error
-
-
-class _Broken(OSError):
-    pass
 
 
 class StandIn:
@@ -172,47 +141,37 @@ class StandIn:
         except OSError:
             self._listener.close()
             raise
-        self._listener.setblocking(False)
         self.port = self._listener.getsockname()[1]
         shown = "[%s]" % host if ":" in host else host
         self.url = "%s://%s:%d%s" % ("https" if tls else "http", shown, self.port, prefix)
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._acceptor = threading.Thread(target=self._accept, name="standin-accept", daemon=True)
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
 
     def _forget(self, script, default, key, strict, health):
         self.default, self.key, self.strict, self.health = default, key, strict, health
         self.requests, self.records, self.checks, self.garbage, self.connections = [], [], [], [], 0
-        self._script, self._peeked = iter(script), []
-        self._bodies, self._raw_records = [], []
+        self._script, self._peeked, self._bodies = iter(script), [], []
         self._stopping = threading.Event()
 
     def start(self):
-        """Begin to accept connections."""
         self._acceptor.start()
         return self
 
-    def __enter__(self):
-        return self.start()
+    def close(self, *_):
+        """Stop: end every connection and wait for every thread."""
+        if not self._closed:
+            self._closed = True
+            socket.create_connection(self._listener.getsockname()[:2]).close()  # accept() waits for one
+            self._acceptor.join(10)
+            self._end_connections()
+            self._listener.close()
 
-    def __exit__(self, *exc_info):
-        self.close()
+    __enter__, __exit__ = start, close
 
     def renew(self, script=(), default=200, key=KEY, strict=True, health=HEALTH):
         """End every connection and begin anew with this script."""
         self._end_connections()
         with self._changed:
             self._forget(script, default, key, strict, health)
-
-    def close(self):
-        """Stop: end every connection and wait for every thread."""
-        if self._closed:
-            return
-        self._closed = True
-        self._wake_write.send(b"x")
-        self._acceptor.join(10)
-        self._end_connections()
-        for sock in (self._listener, self._wake_read, self._wake_write):
-            sock.close()
 
     def _end_connections(self):
         with self._changed:
@@ -229,10 +188,7 @@ class StandIn:
     @property
     def raw_records(self):
         """The acknowledged records as the exact bytes of each, in order."""
-        with self._changed:
-            while self._bodies:
-                self._raw_records += cut_records(self._bodies.pop(0))
-            return self._raw_records
+        return [raw for body in self._bodies for raw in cut_records(body)]
 
     def wait_for(self, condition, timeout=10, what="condition"):
         """Block until condition() is true; AssertionError after `timeout` seconds."""
@@ -241,28 +197,20 @@ class StandIn:
                 timeout, what, self.requests)
 
     def wait_for_requests(self, number, timeout=10):
-        """Block until `number` requests have arrived."""
         self.wait_for(lambda: len(self.requests) >= number, timeout, "%d requests" % number)
 
     def wait_for_connections(self, number, timeout=10):
-        """Block until `number` connections have been accepted."""
         self.wait_for(lambda: self.connections >= number, timeout, "%d connections" % number)
 
     def pause(self, what):
-        """Wait that many seconds, or for that Event; with _Broken when the server is closed."""
+        """Wait that many seconds, or for that Event; an error when the server is closed."""
         if isinstance(what, (int, float)):
             self._stopping.wait(what)
         else:
             while not what.wait(0.02) and not self._stopping.is_set():
                 pass
         if self._stopping.is_set():
-            raise _Broken("closing")
-
-    @staticmethod
-    def hang(sock):
-        """Read, and say nothing, until the peer goes away."""
-        while sock.recv(65536):
-            pass
+            raise ConnectionError("closing")
 
     def acknowledge(self, request):
         """Check the request as the service does and record its events; the status to answer (200: good)."""
@@ -278,7 +226,7 @@ class StandIn:
     def _verdict(self, request):
         """(status, None) or (status, why not)."""
         path = re.sub("^https?://[^/]+", "", request.path)
-        wanted = {"POST": self.prefix + INGEST, "GET": self.prefix + self.health}.get(request.method)
+        wanted = {"POST": self.prefix + "/api/ingest", "GET": self.prefix + self.health}.get(request.method)
         if wanted is None or path != wanted:
             return 404, "no such resource: %s %s" % (request.method, request.path)
         if request.headers.get("x-packtrack-key") != self.key:
@@ -302,46 +250,37 @@ class StandIn:
         with self._changed:
             if not self._peeked:
                 self._peeked.append(next(self._script, self.default))
-            step = self._peeked[0]
-            if at is not None and getattr(step, "at", None) != at:
-                return None
-            return self._peeked.pop()
+            return self._peeked.pop() if at in (None, getattr(self._peeked[0], "at", None)) else None
 
     def _accept(self):
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._wake_read, selectors.EVENT_READ)
-            while True:
-                selector.select()
-                if self._closed:
-                    return
-                try:
-                    sock, _ = self._listener.accept()
-                except OSError:
-                    continue
-                sock.setblocking(True)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                step = self._next_step("accept")
-                with self._changed:
-                    self.connections += 1
-                    thread = threading.Thread(target=self._serve, args=(sock, step), daemon=True)
-                    self._sockets[thread] = sock
-                    thread.start()
-                    self._changed.notify_all()
+        while not self._closed:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                continue
+            if self._closed:
+                return sock.close()
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            step = self._next_step("accept")
+            with self._changed:
+                self.connections += 1
+                thread = threading.Thread(target=self._serve, args=(sock, step), daemon=True)
+                self._sockets[thread] = sock
+                thread.start()
+                self._changed.notify_all()
 
     def _serve(self, sock, step):
         thread = threading.current_thread()
         try:
-            if step is not None:
-                return _end(sock, step(self, sock, None))
-            if self._tls:
+            if self._tls and step is None:
                 with self._changed:
                     if self._stopping.is_set():
                         return
                     sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
                     self._sockets[thread] = sock
                 sock.do_handshake()
-            self._converse(sock)
+            if (step(self, sock, None) if step else self._converse(sock)) == "reset":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         except (OSError, ValueError):
             pass
         finally:
@@ -351,20 +290,17 @@ class StandIn:
                 self._changed.notify_all()
 
     def _converse(self, sock):
-        buffer = bytearray()
-        while not self._stopping.is_set():
-            if not buffer and not self._fill(sock, buffer):
-                return
+        buffer, then = bytearray(), "keep"
+        while then == "keep" and not self._stopping.is_set() and (buffer or self._fill(sock, buffer)):
             step = self._next_step("accept")
             if step is not None:
-                return _end(sock, step(self, sock, None))
+                return step(self, sock, None)
             request = self._read_head(sock, buffer)
             step = self._next_step()
             if getattr(step, "at", None) != "headers":
                 self._read_body(sock, buffer, request)
             then = self._answer(sock, request, step)
-            if then != "keep":
-                return _end(sock, then)
+        return then
 
     @staticmethod
     def _fill(sock, buffer):
@@ -373,47 +309,39 @@ class StandIn:
         return bool(data)
 
     def _read_head(self, sock, buffer):
-        while b"\r\n\r\n" not in buffer:
-            if len(buffer) > MAX_HEAD or not buffer[:1].isalpha() or not self._fill(sock, buffer):
-                self._refuse(sock, buffer)
-        head, _, rest = bytes(buffer).partition(b"\r\n\r\n")
+        while b"\r\n\r\n" not in buffer and len(buffer) <= 1 << 20 and buffer[:1].isalpha():
+            if not self._fill(sock, buffer):
+                break
+        head, end, rest = bytes(buffer).partition(b"\r\n\r\n")
         first, *lines = head.decode("iso-8859-1").split("\r\n")
-        if first.count(" ") != 2 or not all(":" in line for line in lines):
-            self._refuse(sock, buffer)
+        if not end or first.count(" ") != 2 or not all(":" in line for line in lines):
+            self.garbage.append(bytes(buffer))
+            sock.sendall(Reply(400, close=True).head() + b"{}")
+            raise ConnectionError("not HTTP")
         buffer[:] = rest
         return Request(*first.split(" "), [(name, value.strip(" \t")) for name, _, value in (
             line.partition(":") for line in lines)])
-
-    def _refuse(self, sock, buffer):
-        self.garbage.append(bytes(buffer))
-        sock.sendall(Reply(400, close=True).head() + b"{}")
-        raise _Broken("not HTTP")
 
     def _read_body(self, sock, buffer, request):
         length = int(request.headers.get("content-length", "0"))
         while len(buffer) < length:
             if not self._fill(sock, buffer):
                 self.garbage.append(bytes(buffer))
-                raise _Broken("the body breaks off")
+                raise ConnectionError("the body breaks off")
         request.finish(bytes(buffer[:length]))
         del buffer[:length]
 
     def _answer(self, sock, request, step):
         if isinstance(step, int):
-            text = {"error": http.client.responses.get(step, "Unknown")}
-            if 200 <= step < 300:
-                text = {"accepted": len(request.events)}
-            bodiless = step in (204, 205, 304) or 100 <= step < 200
-            step = Reply(step, body=b"" if bodiless else json.dumps(text))
+            text = {"accepted": len(request.events)} if 200 <= step < 300 else {
+                "error": http.client.responses.get(step, "Unknown")}
+            step = Reply(step, body="" if step == 205 else json.dumps(text))
         reply = step if isinstance(step, Reply) else None
         request.status = reply.status if reply else getattr(step, "name", "step")
         records = 200 <= reply.status < 300 if reply else getattr(step, "records", False)
-        request.time = request.time or time.monotonic()
-        if records:
-            status = self.acknowledge(request)
-            if status != 200:
-                request.status = status
-                reply = Reply(status, body=json.dumps({"error": self.checks[-1]}))
+        status = self.acknowledge(request) if records else 200
+        if status != 200:
+            request.status, reply = status, Reply(status, body=json.dumps({"error": self.checks[-1]}))
         with self._changed:
             self.requests.append(request)
             self._changed.notify_all()
@@ -421,13 +349,10 @@ class StandIn:
             return step(self, sock, request) or "close"
         if reply.delay is not None:
             self.pause(reply.delay)
-        sock.sendall(reply.head() + (b"" if reply.status in (204, 304) else reply.body))
-        return "keep" if request.keeps_alive and not reply.closes() else "close"
-
-
-def _end(sock, then):
-    if then == "reset":
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.sendall(reply.head() + (b"" if reply.bodiless else reply.body))
+        wish = request.headers.get("connection", "").lower()
+        keeps = "close" not in wish and (request.version == "HTTP/1.1" or "keep-alive" in wish)
+        return "keep" if keeps and not reply.closes() else "close"
 
 
 @contextlib.contextmanager

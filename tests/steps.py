@@ -7,6 +7,7 @@ import functools
 import gzip
 import html
 import http.client
+import itertools
 import json
 import re
 import select
@@ -25,17 +26,17 @@ class Reply:
         self.reason = http.client.responses.get(status, "Unknown") if reason is None else reason
         self.headers = list(headers.items()) if isinstance(headers, dict) else list(headers)
         self.body = body.encode("utf-8") if isinstance(body, str) else body
+        self.bodiless = status in (204, 304) or 100 <= status < 200
 
     def head(self):
         """The status line and the headers, as bytes."""
         given = {name.lower() for name, _ in self.headers}
-        bodiless = self.status in (204, 304) or 100 <= self.status < 200
         length = len(self.body) if self.content_length == "auto" else self.content_length
         lines = ["HTTP/1.1 %s %s" % (self.status, self.reason)]
-        if not bodiless and self.body and "content-type" not in given:
+        if not self.bodiless and self.body and "content-type" not in given:
             lines.append("Content-Type: application/json")
         lines += ["%s: %s" % pair for pair in self.headers]
-        if not given & {"content-length", "transfer-encoding"} and not bodiless and length is not None:
+        if not given & {"content-length", "transfer-encoding"} and not self.bodiless and length is not None:
             lines.append("Content-Length: %s" % length)
         if self.closes() and self.close != "silently" and "connection" not in given:
             lines.append("Connection: close")
@@ -67,21 +68,19 @@ class Raw(Fault):
         self.parts, self.then = (parts,) if isinstance(parts, bytes) else parts, then
 
     def send(self, server, sock, _):
-        """Do what each part says."""
         for part in self.parts() if callable(self.parts) else self.parts:
             if isinstance(part, bytes):
                 sock.sendall(part)
             else:
                 server.pause(part)
-        if self.then == "hang":
-            server.hang(sock)
+        while self.then == "hang" and sock.recv(65536):
+            pass
         return self.then
 
 
 def status_line(text):
     """An answer with this status, sane or not, as it is written."""
-    line = "HTTP/1.1 %s OK\r\nContent-Length: 2\r\n\r\n{}" % text
-    return Raw(line.encode("utf-8"), name="status " + text)
+    return Raw(("HTTP/1.1 %s OK\r\nContent-Length: 2\r\n\r\n{}" % text).encode(), name="status " + text)
 
 
 def refuse_larger(records):
@@ -109,37 +108,30 @@ def tunnel():
     return step
 
 
-def _every(form):
-    return lambda text: "".join(form.format(ord(char)) for char in text)
-
-
 def _json(text):
     return json.dumps(text)[1:-1]
 
 
+def _every(form):
+    return lambda text: "".join(form.format(ord(char)) for char in text)
+
+
 # How a server may write what it was sent: name: text to text.
 ENCODINGS = {
-    "plain": str,
-    "JSON": _json,
+    "plain": str, "repr": lambda text: repr(text)[1:-1],
+    "JSON": _json, "JSON, every character": _every("\\u{:04x}"),
     "JSON of PHP": lambda text: _json(text).replace("/", "\\/"),
     "JSON of Go": lambda text: re.sub("[<>&]", lambda match: "\\u%04x" % ord(match.group()), _json(text)),
-    "JSON, every character": _every("\\u{:04x}"),
-    "HTML": html.escape,
-    "HTML, &#39;": lambda text: html.escape(text).replace("&#x27;", "&#39;"),
-    "HTML, every character": _every("&#{};"),
-    "HTML, every character in hexadecimal": _every("&#x{:x};"),
-    "URL": lambda text: urllib.parse.quote(text, ""),
+    "HTML": html.escape, "HTML, &#39;": lambda text: html.escape(text).replace("&#x27;", "&#39;"),
+    "HTML, every character": _every("&#{};"), "HTML, every character in hexadecimal": _every("&#x{:x};"),
+    "URL": lambda text: urllib.parse.quote(text, ""), "URL, every character": _every("%{:02x}"),
     "URL, lower case": lambda text: re.sub("%..", lambda match: match.group().lower(),
                                            urllib.parse.quote(text, "")),
     "URL, plus": lambda text: urllib.parse.quote_plus(text, ""),
-    "URL, every character": _every("%{:02x}"),
-    "repr": lambda text: repr(text)[1:-1],
     "base64": lambda text: base64.b64encode(text.encode("utf-8")).decode("ascii"),
     "base64, inside more": lambda text: base64.b64encode(b"k=" + text.encode("utf-8") + b";").decode("ascii"),
     "cut short": lambda text: text[:max(6, len(text) * 2 // 3)],
-    "controls between": "\x01".join,
-    "invisibles between": "\u200b".join,
-}
+    "controls between": "\x01".join, "invisibles between": "\u200b".join}
 
 
 @functools.lru_cache(maxsize=None)
@@ -167,21 +159,11 @@ OK_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 CHUNKED = OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 LENGTH = OK_HEAD + b"Content-Length: "
 HALF = b"HTTP/1.1 200 OK\r\nContent-Ty"
+BOMB = gzip.compress(bytes(1000000)) * 100  # members may be strung together: a hundred megabytes of zeros
 
 
 def _repeat(first, part, pause, times=1 << 60):
-    def parts():
-        yield first
-        for _ in range(times):
-            yield part
-            yield pause
-    return Raw(parts)
-
-
-def _bomb():
-    # Gzip members may be strung together: a hundred times a megabyte of zeros.
-    body = gzip.compress(bytes(1000000)) * 100
-    yield OK_HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    return Raw(lambda: itertools.chain([first], (one for _ in range(times) for one in (part, pause))))
 
 
 def _early_200(server, sock, request):
@@ -198,22 +180,18 @@ def _slow_reader(server, sock, request):
 
 _ACTS = {
     # At accept, before anything is read; with tls the handshake breaks or hangs.
-    "accept": {"RESET_BEFORE": Raw((), "reset"), "CLOSE_BEFORE": Raw((), "close"),
+    "accept": {"RESET_BEFORE": Raw((), "reset"), "CLOSE_BEFORE": Raw(()),
                "SILENT_BEFORE": lambda server, *_: server.pause(60)},
     # After the headers of the request: none of the body is read (and a reset; and silence), 256 KiB of it and
     # a 200 and a reset, 64 bytes at a time.
     "headers": {
         "EARLY_413": Raw(b"HTTP/1.1 413 Request Entity Too Large\r\nContent-Length: 21\r\n"
                          b'Connection: close\r\n\r\n{"error":"too large"}', "reset"),
-        "UNREAD_BODY": lambda server, *_: server.pause(60),
-        "EARLY_200": _early_200, "SLOW_READER": _slow_reader},
+        "UNREAD_BODY": Raw([60]), "EARLY_200": _early_200, "SLOW_READER": _slow_reader},
     # After the request: no answer, or none that is whole; then what is not HTTP, or too much of it.
     "request": {
-        "RESET_AFTER": Raw((), "reset"),
-        "CLOSE": Raw((), "close"),
-        "SILENT": Raw((), "hang"),
-        "HALF_HEADERS": Raw(HALF),
-        "RESET_IN_HEADERS": Raw(HALF, "reset"),
+        "RESET_AFTER": Raw((), "reset"), "CLOSE": Raw(()), "SILENT": Raw((), "hang"),
+        "HALF_HEADERS": Raw(HALF), "RESET_IN_HEADERS": Raw(HALF, "reset"),
         "DRIP_HEADERS": _repeat(b"HTTP/1.1 200 OK\r\nX-Drip: ", b"a", 0.02),
         "ENDLESS_100": _repeat(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 20, 0.01),
         "BANNER": Raw(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n"),
@@ -226,28 +204,26 @@ _ACTS = {
                             + b"Content-Length: 2\r\n\r\n{}")},
     # The events are recorded; with complete headers, but the body is the trouble.
     "records": {
-        "RECORD_THEN_RESET": Raw((), "reset"),
-        "RECORD_THEN_CLOSE": Raw((), "close"),
-        "DRIP_BODY": _repeat(LENGTH + b"1000000\r\n\r\n", b" ", 0.02),
+        "RECORD_THEN_RESET": Raw((), "reset"), "RECORD_THEN_CLOSE": Raw(()),
         "BROKEN_BODY": Raw(LENGTH + b'1000\r\n\r\n{"ids":['),
         "RESET_BODY": Raw(LENGTH + b'1000\r\n\r\n{"ids":[', "reset"),
-        "NEVER_ENDING_BODY": _repeat(CHUNKED, b"4000\r\n" + b"x" * 0x4000 + b"\r\n", 0),
         "SILENT_BODY": Raw(LENGTH + b"10\r\n\r\n", "hang"),
         "STALLED_BODY": Raw(LENGTH + b"10\r\n\r\n{", "hang"),
-        "ENDLESS_TRAILERS": _repeat(CHUNKED + b"2\r\n{}\r\n0\r\n", b"X-Trailer: 1\r\n" * 20, 0.01),
+        "DRIP_BODY": _repeat(LENGTH + b"1000000\r\n\r\n", b" ", 0.02),
         "DRIP_TRAILERS": _repeat(CHUNKED + b"2\r\n{}\r\n0\r\nX-Trailer: ", b"a", 0.02),
-        "SHORT_LENGTH": Raw(LENGTH + b'2\r\n\r\n{"ids":["too long"]}'),
-        "ABSURD_LENGTH": Raw(LENGTH + b"9" * 30 + b"\r\n\r\n{}"),
-        "NEGATIVE_LENGTH": Raw(LENGTH + b"-5\r\n\r\n{}"),
-        "WORD_LENGTH": Raw(LENGTH + b"many\r\n\r\n{}"),
-        "BAD_CHUNK": Raw(CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n"),
+        "ENDLESS_TRAILERS": _repeat(CHUNKED + b"2\r\n{}\r\n0\r\n", b"X-Trailer: 1\r\n" * 20, 0.01),
+        "NEVER_ENDING_BODY": _repeat(CHUNKED, b"4000\r\n" + b"x" * 0x4000 + b"\r\n", 0),
         "HUGE_BODY": _repeat(LENGTH + b"100000000\r\n\r\n", b"x" * 100000, 0, 1000),
-        "GZIP_BOMB": Raw(_bomb),
+        "GZIP_BOMB": Raw(OK_HEAD + b"Content-Encoding: gzip\r\n"
+                         b"Content-Length: %d\r\n\r\n%b" % (len(BOMB), BOMB)),
+        **{name + "_LENGTH": Raw(LENGTH + rest) for name, rest in (
+            ("SHORT", b'2\r\n\r\n{"ids":["too long"]}'), ("ABSURD", b"9" * 30 + b"\r\n\r\n{}"),
+            ("NEGATIVE", b"-5\r\n\r\n{}"), ("WORD", b"many\r\n\r\n{}"))},
+        "BAD_CHUNK": Raw(CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n"),
         "HTML_BODY": Raw(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 37\r\n\r\n"
                          b"<!DOCTYPE html><title>Welcome</title>", "keep"),
         "GARBAGE_BODY": Raw(LENGTH + b"9\r\n\r\n\x00\xff\xfe\x80{[\x1b\r\n", "keep"),
-        "EMPTY_BODY": Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "keep")},
-}
+        "EMPTY_BODY": Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "keep")}}
 FAULTS = {name: Fault(name, act, at == "records", "request" if at == "records" else at)
           for at, acts in _ACTS.items() for name, act in acts.items()}
 SILENT, RESET_AFTER = FAULTS["SILENT"], FAULTS["RESET_AFTER"]

@@ -55,8 +55,7 @@ def test_content(archive):
     assert pathlib.Path(str(archive) + ".sha256").read_text() == line
     with zipfile.ZipFile(str(archive)) as opened:
         names = opened.namelist()
-        for name in NAMES[1:]:
-            assert opened.read(name) == (ROOT / name).read_bytes()
+        assert [opened.read(name) for name in NAMES[1:]] == [(ROOT / name).read_bytes() for name in NAMES[1:]]
         source = opened.read("__main__.py").decode("ascii")
         assert {entry.date_time for entry in opened.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         stored = [entry.filename for entry in opened.infolist() if entry.compress_type == zipfile.ZIP_STORED]

@@ -73,8 +73,7 @@ class Slot:
                                            cwd=str(folder), env=environment)
             return process.pid, process.wait
         print(json.dumps([argv, environment, str(folder), str(source)]), file=self.parent.stdin, flush=True)
-        pid = int(self.parent.stdout.readline())
-        return pid, lambda: int(self.parent.stdout.readline())
+        return int(self.parent.stdout.readline()), lambda: int(self.parent.stdout.readline())
 
 
 @pytest.fixture(scope="module")

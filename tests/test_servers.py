@@ -1,7 +1,4 @@
-"""A real server (nginx) and real hosts: no address that answers, no place to write.
-
-Each server is started here with a folder and a port of its own, and stopped by its own handle.
-"""
+"""A real server (nginx) and real hosts: no address that answers, no place to write."""
 import contextlib
 import os
 import shutil
@@ -27,18 +24,12 @@ http { log_format plain "$status"; access_log %(folder)s/access.log plain; clien
     server { listen 127.0.0.1:%(port)d %(listen)s; %(server)s
         location / { proxy_pass http://127.0.0.1:%(upstream)d; %(location)s } } }
 """
-
-
-def needs(name):
-    return pytest.mark.skipif(FOUND[name] is None, reason=name + " is not installed")
-
-
 SLOW = "limit_req_zone $remote_addr zone=z:1m rate=%s; limit_req_status %d;"
 LIMIT = {"location": "limit_req zone=z;"}
 CANNOT = "error: cannot buffer standard input: %s (set TMPDIR, or stream with --async)<...>"
 
 
-@needs("nginx")
+@pytest.mark.skipif(FOUND["nginx"] is None, reason="nginx is not installed")
 @pytest.mark.parametrize("conf, argv, code, err, number, statuses", [
     ({"tls": True}, ["--async", "--connections", "3"], 0, "", 3, "200 200 200"),
     ({"tls": True, "env": {}}, [], 2, "record 1: TLS certificate of 127.0.0.1 not trusted: unknown ", 0, ""),
@@ -61,16 +52,15 @@ def test_nginx(conf, argv, code, err, number, statuses, run, tmp_path):
                "server": "ssl_certificate %s; ssl_certificate_key %s;" % authority.good}
     conf = {"http": "", "server": "", "location": "", "listen": "", "largest": "0", "env": {}, **tls, **conf}
     (tmp_path / "in").write_bytes(ndjson(events(3)))
-    with StandIn(conf.get("script", ())) as server, contextlib.ExitStack() as stack, contextlib.closing(
-            socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(64)
-        port = listener.getsockname()[1]  # nginx takes the socket over: nobody gets the port in between
+    with StandIn(conf.get("script", ())) as server, socket.socket() as sock, contextlib.ExitStack() as stack:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(64)
+        port = sock.getsockname()[1]  # nginx takes the socket over: nobody gets the port in between
         (tmp_path / "conf").write_text(NGINX % {"folder": tmp_path, "port": port, "upstream": server.port,
                                                 "user": "user root;" * (os.geteuid() == 0), **conf})
         nginx = subprocess.Popen(
             [FOUND["nginx"], "-p", str(tmp_path), "-e", "error.log", "-c", str(tmp_path / "conf")],
-            pass_fds=[listener.fileno()], env={**os.environ, "NGINX": "%d;" % listener.fileno()},
+            pass_fds=[sock.fileno()], env={**os.environ, "NGINX": "%d;" % sock.fileno()},
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         stack.callback(nginx.wait)
         stack.callback(nginx.terminate)
@@ -124,14 +114,14 @@ def test_no_place(script, argv, env, data, code, err, number, in_namespace):
         assert number in (..., len(server.records)) and number in (..., result.summary["delivered"])
 
 
-@needs("ip")
+@pytest.mark.skipif(FOUND["ip"] is None, reason="ip is not installed")
 @pytest.mark.parametrize("script, err", [
     ("ip link set lo up", "error: 192.0.2.1:80: network is unreachable, after 1 attempt"),
     ("ip link set lo up && ip route add unreachable 192.0.2.0/24",
      "error: 192.0.2.1:80: no route to host, after 1 attempt"),
     ("ip link add v0 type veth peer name v1; ip addr add 192.0.2.9/24 dev v0; ip link set v0 up; "
-     "ip link set v1 up",
-     "error: timed out after 0.5s, after 1 attempt")], ids=["no network", "no route", "nobody there"])
+     "ip link set v1 up", "error: timed out after 0.5s, after 1 attempt")],
+    ids=["no network", "no route", "nobody there"])
 def test_no_host(script, err, in_namespace):
     result = in_namespace(["-m", "-n"], script, *FLAGS, "--retries", "0", "--timeout", "500ms", "--base-url",
                           "http://192.0.2.1")
