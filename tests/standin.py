@@ -126,7 +126,7 @@ class StandIn:
 
     def __init__(self, script=(), default=200, key=KEY, tls=None, strict=True, prefix="", health=HEALTH,
                  host="127.0.0.1"):
-        self.prefix, self._closed, self._tls, self._sockets = prefix, False, None, {}
+        self.prefix, self._closed, self._tls, self._sockets, self._peer = prefix, False, None, {}, None
         self._changed = threading.Condition(threading.RLock())
         self._forget(script, default, key, strict, health)
         if tls:
@@ -168,7 +168,9 @@ class StandIn:
     __enter__, __exit__ = start, close
 
     def renew(self, script=(), default=200, key=KEY, strict=True, health=HEALTH):
-        """End every connection and begin anew with this script."""
+        """End every connection, also those that are yet to be accepted, and begin anew with this script."""
+        with socket.create_connection(self._listener.getsockname()[:2]) as last:
+            self.wait_for(lambda: self._peer == last.getsockname(), what="a connection of its own")
         self._end_connections()
         with self._changed:
             self._forget(script, default, key, strict, health)
@@ -255,7 +257,7 @@ class StandIn:
     def _accept(self):
         while not self._closed:
             try:
-                sock, _ = self._listener.accept()
+                sock, peer = self._listener.accept()
             except OSError:
                 continue
             if self._closed:
@@ -263,7 +265,7 @@ class StandIn:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             step = self._next_step("accept")
             with self._changed:
-                self.connections += 1
+                self.connections, self._peer = self.connections + 1, peer
                 thread = threading.Thread(target=self._serve, args=(sock, step), daemon=True)
                 self._sockets[thread] = sock
                 thread.start()

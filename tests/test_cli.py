@@ -344,7 +344,8 @@ BAD_URLS = {
         "http://h:0", "http://h:65536", "http://h:-1", "http://h:abc", "http://h:\u0668", "http://h:80:80",
         "http://h:", "http://[::1", "http://h:000080", "http://[::1]:0"),
     "invalid IPv6 address in brackets": ("http://[::zz]", "http://[]", "http://[1.2.3.4]", "http://[::1]x"),
-    "invalid host name": ("http://a..b.com", "http://.a", "http://%s.b" % ("a" * 64), "http://a b", "http://h\0",
+    "invalid host name": ("http://a..b.com", "http://.a", "http://%s.b" % ("a" * 64), "http://a b",
+                          "http://h\0",
                           "http://" + "a." * 127 + "b", "http://\u00a0", "http://h\\x", "http://\u00fc..b"),
     "must be percent-encoded ASCII without a fragment": ("http://h/a b", "http://h/\r\n", "http://h/\u00fc"),
     "must not include /api/ingest": ("http://h/api/ingest", "http://h/x/api/ingest//"),
@@ -445,7 +446,8 @@ ASKED = {"PACKTRACK_JSON": "yes"}
 test_json = rows(
     Case("delivered", "{fast} {events:250} --json", script=[200, 503], requests=4, both_forms=True,
          json={"ok": True, **account(250, 250, requests=4, retries=1)}),
-    Case("the line", "{event}", env=ASKED, requests=1, out=LINE % ("true", 0, 1, 1, 1, ONE_BYTES, "null")),
+    *[Case("the line" + more, "{event}" + more, env=env, requests=1, out=LINE % (
+        "true", 0, 1, 1, 1, ONE_BYTES, "null")) for more, env in (("", ASKED), (" --json=on", {}))],
     Case("nothing to send", "", env=ASKED, code=1, err="error: nothing to send" + USAGE,
          out=LINE % ("false", 1, 0, 0, 0, 0, FAILED % ("usage", "nothing to send"))),
     Case("unknown flag, variable", "--zzz", env=ASKED, code=1, err="error: unknown flag --zzz; see --help",

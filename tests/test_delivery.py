@@ -386,9 +386,21 @@ test_output = rows(
          files={"in": json.dumps([event(severity=MISSING)], indent=1)}),
     Case("full", "--output /dev/full {events:2}", key=False, marks=[linux], code=4,
          err="error: records 1-2: cannot write /dev/full" + NO_SPACE + BOTH_LEFT),
+    Case("standard output closed", "--output - {events:2}", key=False, redirect=">&-", code=4,
+         err="error: --output: cannot write standard output: it is closed"),
     Case("standard output full", "--output - {events:2}", key=False, marks=[linux], redirect=">/dev/full",
          err="error: records 1-2: cannot write standard output" + NO_SPACE + BOTH_LEFT, code=4),
 )
+
+
+def test_output_is_whole(run, tmp_path):
+    """A write that fails leaves nothing of a batch behind."""
+    (tmp_path / "in").write_bytes(ndjson(events(5)))
+    result = run(*OUT.split(), "--file", "in", "--ndjson", "--batch-size", "2", key=False,
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3 * L, 3 * L)))
+    assert (result.code, kept_in(tmp_path / "out")) == (4, ndjson(events(2)).splitlines(True)), result
+    assert result.err == "packtrack-logger: error: records 3-4: cannot write out: file too large%s\n" % left(
+        2, 5, "s 3-5")
 
 
 def test_output_of_several(start, tmp_path):

@@ -288,6 +288,9 @@ test_413 = rows(
            "error: record 2: HTTP 413 Large; delivered %d of 4; not delivered: record 2"))],
     lone("one event", "HTTP 413 Large", [LARGE], 2, status=413),
     lone("early", EARLY, named("EARLY_413"), 2, status=413),
+    lone("early, and silence", "HTTP 413 Large", [Fault("silence", lambda server, sock, _: [
+        sock.sendall(LARGE.head()), server.pause(60)], at="headers")], 2, SEND_BIG + "--timeout 5s",
+         status=413, files=BIG),
     *[lone("early, of much" + " in TLS" * bool(tls), EARLY, named("EARLY_413"), 2, SEND_BIG + "--timeout 5s",
            status=413, files=BIG, full=bool(tls), **tls) for tls in ({}, TLS)],
 )
@@ -481,6 +484,10 @@ test_proxy = rows(
          proxy=[bad("no, user:" + WORD, status=407)], proxied=1, **by("http")),
     lone("http, 502", "HTTP 502 Bad Gateway" + AFTER_2, status=502, counted=2, retries=1, proxied=2,
          proxy=[bad("cannot reach it, " + BASIC, status=502)] * 2, **by("http")),
+    Case("not one, keep going", BATCHES + "--keep-going {events:2}", proxied=0, proxy=[], code=1,
+         json=sums(2, 0, 0, 0, kind="invalid", status=None, where="http_proxy"),
+         err="error: http_proxy: must be http://<...>; delivered 0 of 2; not delivered: records 1-2",
+         **by("http", "socks5://{proxy}")),
     Case("CONNECT, 403, keep going", BATCHES + "--keep-going {events:2}", proxy=[Reply(403, reason="No")] * 2,
          proxied=1, code=2, json=sums(2, 0, 0, 0, kind="proxy", status=403, where="record 1"), **by("https"),
          err="error: record 1: %s403 No; delivered 0 of 2; not delivered: records 1-2" % REFUSED),
