@@ -87,8 +87,9 @@ test_event_flags = rows(
     *[Case(name, flags(**{name: None}), {variable(name): value}, code=1, err="error: " + variable(name) + why)
       for name, value, why in (("message", "\udce4", ": must be UTF-8"), (
           "severity", "eror", ': %s"eror"); did you mean "error"?' % SEVERITY))],
-    Case("the key in a value", flags(severity="x" * 180 + KEY), secrets=[KEY[:6]], code=1,
-         err='error: --severity: %s"%s***")' % (SEVERITY, "x" * 180)),
+    *[Case("the key in it, %d" % len(argv), [*flags(severity="x" * 180 + KEY), *argv], key=not argv, code=1,
+           err='error: --severity: %s"%s***")' % (SEVERITY, "x" * 180), secrets=[KEY[:6]])
+      for argv in ([], ["--api-key=" + KEY], ["--api-key", KEY])],
 )
 USAGE = "".join("\n| " + line for line in pl.SHORT_USAGE.splitlines())
 HIDDEN = ("unexpected argument (hidden, it may be a secret): quote values that contain spaces, read files "
