@@ -179,6 +179,7 @@ def check_result(result, argv, allow_codes, secrets, whole_output):
                             "retries", "bytes_sent", "seconds", "error"}, result
     assert summary["read"] == summary["delivered"] + summary["undelivered"] + summary["invalid"], result
     assert summary["exit_code"] == (result.code if result.code >= 0 else 128 - result.code), result
+    assert summary["seconds"] == round(summary["seconds"], 3), result
     assert summary["ok"] is (summary["error"] is None) is (result.code == 0), result
     if summary["error"] is not None:
         assert set(summary["error"]) == {"kind", "message", "status", "where"}, result

@@ -3,6 +3,7 @@ import contextlib
 import errno
 import functools
 import html
+import inspect
 import json
 import math
 import os
@@ -407,6 +408,10 @@ def test_nearest():
 
 
 def test_client(server):
+    settings, parameters = pl.resolve([], {}), inspect.signature(pl.Client).parameters
+    for name in "base_url timeout retries backoff_initial backoff_max jitter user_agent health_path".split():
+        assert parameters[name].default == settings[name.replace("_", "-")], name
+    assert not parameters["gzip"].default
     client = pl.Client(KEY, base_url=server.url)
     client.ingest_event(event(timestamp=MISSING))
     client.ingest_batch([event(metadata={}), event()], idempotency_key="auto")
