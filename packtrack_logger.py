@@ -1146,7 +1146,7 @@ class Boundary:
                 return False
             if token == b'"':
                 self._in_string = not self._in_string
-            elif not self._in_string and token[:1] != b"\\":
+            elif not self._in_string:
                 self._depth += 1 if token in b"{[" else -1
             if self._depth <= 0 and not self._in_string:
                 return True

@@ -386,6 +386,8 @@ test_output = rows(
          files={"in": json.dumps([event(severity=MISSING)], indent=1)}),
     Case("full", "--output /dev/full {events:2}", key=False, marks=[linux], code=4,
          err="error: records 1-2: cannot write /dev/full" + NO_SPACE + BOTH_LEFT),
+    Case("full, keep going", "--output /dev/full --keep-going --batch-size 1 {events:2}", key=False, code=4,
+         err="error: record 1: cannot write /dev/full" + NO_SPACE + BOTH_LEFT, marks=[linux]),
     Case("standard output closed", "--output - {events:2}", key=False, redirect=">&-", code=4,
          err="error: --output: cannot write standard output: it is closed"),
     Case("standard output full", "--output - {events:2}", key=False, marks=[linux], redirect=">/dev/full",

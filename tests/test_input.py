@@ -102,6 +102,7 @@ READ = {
     "4301 digits": (holding(b"9" * 4301), [DIGITS]),
     "a sign and 4300 digits": (holding(b"-" + b"9" * 4300), [DIGITS]),
     "1e999": (holding(b"1e999"), ["in:1: a number is too large"]),
+    "400 digits and a half": (holding(b"9" * 400 + b".5"), ["in:1: a number is too large"]),
     "NaN": (holding(b"NaN"), ["in:1: NaN is not JSON"]),
     "-Infinity": (holding(b"-Infinity"), ["in:1: -Infinity is not JSON"]),
     "a surrogate in UTF-8": (GOOD.replace(b"done", b"\xed\xa0\x80"), ["in:1: invalid UTF-8"]),

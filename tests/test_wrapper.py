@@ -334,9 +334,11 @@ test_passed_on = rows(
 
 
 @linux
-@pytest.mark.parametrize("group", [False, True, *[pytest.param(True, marks=full)] * 9])
-def test_signals(group, start, server):
-    process = start(*OURS, *COUNT, server=server, start_new_session=True)
+@pytest.mark.parametrize("group, closed", [
+    (False, []), (True, []), (True, [1]), *[pytest.param(True, [], marks=full)] * 9])
+def test_signals(group, closed, start, server):
+    process = start(*OURS, *COUNT, server=server, start_new_session=True,
+                    preexec_fn=lambda: [os.close(descriptor) for descriptor in closed])
     process.wait_for_err("\n")
     came = process.err_text()
     for name in "INT TERM HUP QUIT USR1 ALRM TERM TERM INT USR2".split():
