@@ -110,7 +110,7 @@ except ImportError as error:
 class PackTrackError(Exception):
     """What this module raises. kind: a word for programs. ends_run: whether the rest would fail alike."""
 
-    exit_code, kind = 2, "error"
+    exit_code, kind, is_logged = 2, "error", False
 
     def __init__(self, message, where=None, status=None, kind=None, ends_run=False):
         super().__init__(message)
@@ -567,7 +567,8 @@ def settle(settings):
         (("file",), not settings["stdin"], "and {} cannot be used together".format(sources.get("stdin"))),
         (NOT_WITH_COMMAND + ("dry-run",), not command, alone),
         (("output",), not command or settings["output"] != "-", "- " + alone),
-        (("output",), settings["output"] != settings["undelivered"], "and --undelivered name the same file"),
+        (("output",), os.path.realpath(settings["output"] or "") != os.path.realpath(
+            settings["undelivered"] or ""), "and {} name the same file".format(sources.get("undelivered"))),
         (("severity", "status"), not command, alone + ", whose outcome sets it"),
         (("api-key-file",), keyless or not reads_stdin or settings["api-key-file"] not in STANDARD_INPUT,
          "cannot be standard input: the {} it".format("command reads" if command else "events come from")),
@@ -633,12 +634,7 @@ def nearest(word, known, hint=' (did you mean "{}"?)'):
     return hint.format(found[0]) if found else ""
 
 
-def exit_codes():
-    """Return the pairs of exit code and meaning that the module's docstring lists."""
-    return re.findall(r"^  (\S+)  (.+)$", __doc__ or "", re.MULTILINE)
-
-
-def help_text(long=True):
+def help_text(long):
     """Return --help, or -h if not long: at most 80 columns, and never a value of the environment."""
     import textwrap
 
@@ -655,7 +651,8 @@ def help_text(long=True):
             facts = ", ".join(filter(None, (option.variable, option.default and "default " + option.default)))
             lines.append(entry("  " + name, option.help + (" [{}]".format(facts) if long and facts else "")))
     if long:
-        lines += [FOOTER] + [entry("  " + code, meaning, 10) for code, meaning in exit_codes()]
+        codes = re.findall(r"^  (\S+)  (.+)$", __doc__ or "", re.MULTILINE)
+        lines += [FOOTER] + [entry("  " + code, meaning, 10) for code, meaning in codes]
         lines += [entry("", "With a COMMAND: the command's own, and 124 after --command-timeout.", 10)]
     return "\n".join(lines) + "\n" + (EXAMPLES if long else SHORT_FOOTER)
 
@@ -706,8 +703,7 @@ else compdef _packtrack_logger packtrack-logger packtrack-logger.pyz; fi
 
 def fish_completion():
     """To be sourced, or kept in fish's completions directory."""
-    lines = ["complete -c packtrack-logger.pyz -w packtrack-logger\n"
-             "complete -c packtrack-logger -f\n"
+    lines = ["complete -c packtrack-logger.pyz -w packtrack-logger\ncomplete -c packtrack-logger -f\n"
              "complete -c packtrack-logger -n 'contains -- -- (commandline -opc)' "
              "-a '(complete -C (commandline -cp | string replace -r \"^.*? -- +\" \"\"))'"]
     for option in OPTIONS:
@@ -906,12 +902,12 @@ TOKEN = re.compile(rb'\\(?:.|\Z)|["{}\[\]]', re.DOTALL)
 STEPS = {("begin", "["): "first", ("first", "]"): "end", ("after", ","): "next", ("after", "]"): "end"}
 OUT_OF_STEP = {"begin": "not a JSON object or array", "end": "invalid JSON: extra data",
                "after": "invalid JSON: expected a comma or the end of the array"}
-# Bytes that are no valid record. error: None where the ones before go on. ends: whether a record ends.
+# Bytes that are no valid record. error: None where it continues the ones before. ends: whether a record ends.
 Refused = collections.namedtuple("Refused", "raw error ends")
 
 
 class Source:
-    """An open file, pipe or standard input ("-"); made by main, read by the Reader. Raises InputError."""
+    """An open file, pipe or standard input ("-"); for a Reader or the key. Raises InputError."""
 
     def __init__(self, path, limits):
         self.name, self._limits = display(path, "standard input"), limits  # the name is for messages
@@ -956,7 +952,7 @@ def wait_until_ready(descriptor, limits, reading=False):
 
 
 class Reader:
-    """Turns a Source's bytes into lists of valid, complete records; made by main, run by one thread."""
+    """Turns a Source's bytes into lists of valid, complete records; used by one thread at a time."""
 
     def __init__(self, source, ndjson, defaults, allow_empty=False):
         self.name, self.single = source.name, False  # single: whether it is one object, once known
@@ -1511,8 +1507,7 @@ class Client:
 
     def ingest_batch(self, events, idempotency_key=None):
         """Deliver a list of events as one request. Raises PackTrackError's subclasses; then none counts."""
-        now = utc_timestamp(time.time())
-        records = [dump_json(complete_event(event, {}, now)) for event in events]
+        records = [dump_json(complete_event(event, {}, utc_timestamp(time.time()))) for event in events]
         self.send(json_array(records), idempotency_key)
 
     def health_check(self):
@@ -1520,7 +1515,7 @@ class Client:
         self._attempt("GET", self._health_path, {}, b"")
 
     def send(self, body, idempotency_key=None):
-        """Deliver the bytes of JSON, with retries; the key "auto" is their SHA-256. Raises as the others."""
+        """Deliver the bytes of JSON, with retries; the key "auto" is their SHA-256. Raises PackTrackError."""
         headers = {"Content-Type": "application/json"}
         if idempotency_key:
             key = sha256(body) if idempotency_key == "auto" else idempotency_key
@@ -1737,7 +1732,7 @@ def keep_until_valid(runs, delivery, name):
         delivery.note(InputError(why) if isinstance(error, OSError) else as_error(error))
     delivery.total = delivery.read - delivery.invalid
     try:
-        if not held.closed and (delivery.ended is None or delivery.keeps_rest):  # closed for lack of memory
+        if not held.closed and (delivery.ended is None or delivery.keeps_rest):  # closed: it found no memory
             held.seek(0)
             while held.tell() < end:
                 number, size = (int.from_bytes(held.read(8), "little") for _ in range(2))
@@ -1940,6 +1935,7 @@ class Delivery:
             if ends:
                 self.ended = self.ended or error
             if warns:
+                error.is_logged = True
                 self.reporter.warn(str(error))
 
     def keep(self, data, count, begins=True):
@@ -1976,7 +1972,7 @@ class Appender:
 
     def __init__(self, path, where, limits, source, saving):
         self._path, self._limits, self._saving, self._patience = path, limits, saving, LONGEST_SAVING
-        self._kept = 1 if path == "-" else None  # a descriptor that stays open
+        self._kept, self._is_first = 1 if path == "-" else None, True  # _kept: a descriptor that stays open
         self.name, parent = display(path, "standard output"), os.path.dirname(path) or "."
         writable = os.access(path, os.W_OK) if os.path.exists(path) else os.access(parent, os.W_OK | os.X_OK)
         why = ("it is closed" if path == "-" and sys.stdout is None else
@@ -1995,7 +1991,12 @@ class Appender:
         try:
             descriptor, size = self._open(limits)
             try:
+                if size and self._is_first and os.access(self._path, os.R_OK):
+                    with open(self._path, "rb") as file:
+                        file.seek(-1, os.SEEK_END)  # a line that was cut off, as by kill -9, stays apart
+                        data = data if file.read() == b"\n" else b"\n" + data
                 write_all(descriptor, data, limits)
+                self._is_first = False
             except OSError:
                 if size is not None:
                     os.ftruncate(descriptor, size)
@@ -2072,9 +2073,8 @@ def write_all(descriptor, data, limits=None):
 
 def json_lines(records):
     """Return records as NDJSON; line breaks within one, which are between its tokens, become spaces."""
-    return b"".join(
-        (record.replace(b"\r", b" ").replace(b"\n", b" ") if b"\n" in record else record) + b"\n"
-        for record in records)
+    return b"".join((record.replace(b"\r", b" ").replace(b"\n", b" ") if b"\n" in record else record) + b"\n"
+                    for record in records)
 
 
 # ---- The command runner: a command, then an event on its end; the command runs as if it were alone ---------
@@ -2240,16 +2240,16 @@ def report_command(settings, reporter):
         if settings.trouble:
             raise settings.trouble
         event_from_flags(settings, {"severity": "info", "status": "ok", "message": "-"})
-        if not settings["api-key-file"] and not settings["output"]:  # a file may be a pipe
+        if not any(settings[name] for name in ("api-key-file", "output", "undelivered")):  # it may be a pipe
             read_key(settings, limits, reporter)
     except Exception as failure:  # whatever it is, the command runs
         error = as_error(failure)
-        reporter.error("{}; running the command without reporting".format(error))
+        reporter.log("error: {}; running the command without reporting".format(error))
     limits.deadline = FOREVER
     code, ended_by, why, event = run_command(settings, hurry)
     limits.deadline = min(limits.deadline, limits.clock() + (settings["deadline"] or COMMAND_DELIVERY))
     if why:
-        reporter.error(why)
+        reporter.log("error: " + why)
     if error is None:
         error = deliver_result(event, settings, limits, reporter)
     handle_signals(signal.SIG_IGN, PASSED_ON)  # all is said: nothing is to come between this and the end
@@ -2272,7 +2272,7 @@ def deliver_result(event, settings, limits, reporter):
             text += "; event kept in " + delivery.undelivered_file.name
         elif delivery and delivery.unkept:
             text += "; event " + delivery.unkept_why.replace("cannot write", "could not be saved to", 1)
-        reporter.error(text)
+        reporter.log("error: " + text)
     return error
 
 
@@ -2290,8 +2290,9 @@ def redact(text, secrets):
                   for unsafe in ("[^A-Za-z0-9_.~-]", "[^A-Za-z0-9_.~/-]")]
         for form in sorted(forms, key=len, reverse=True):
             text = text.replace(form, "***")
-        for length in range(len(secret) - 1, SHORTEST_SECRET - 1, -1):
-            text = text.replace(secret[:length] + '"', '***"')
+        start = re.escape(secret[:SHORTEST_SECRET]) + '[^"/:;\\s]*'  # perhaps cut off in the middle
+        text = re.sub(start, lambda match, secret=secret: (
+            "***" if secret.startswith(match.group()) else match.group()), text)
     return text
 
 
@@ -2336,12 +2337,11 @@ class Reporter:
         """Write a line to standard error, in place of a line of progress."""
         form, self._line_open = "\r\x1b[K" * self._line_open + form, "\n" not in form
         try:
+            if self._line_open:  # it must not take a second line
+                text = text[:(os.get_terminal_size(2).columns or 80) - 1]
             self._write(sys.stderr, form.format(PROGRAM, text))
-        except (OSError, ValueError, AttributeError):  # closed or full; None, if closed from the start
+        except (OSError, ValueError, AttributeError):  # closed, full or gone; None, if closed from the start
             pass
-
-    def error(self, text):
-        self.log("error: " + text)
 
     def trace(self, text):
         if self.verbose:
@@ -2364,15 +2364,16 @@ class Reporter:
             text += ", {} delivered, {:.0f}/s".format(delivery.delivered, delivery.delivered / seconds)
         if delivery.total:
             text += ", {:.0f} %".format(100.0 * (delivery.delivered + delivery.undelivered) / delivery.total)
-        if self._terminal:
-            text = text[:(os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
         self.log(text, "{1}" if self._terminal else "{}: {}\n")
 
     def finish(self, error, code, delivery):
         """Log how the run ended, and print the line of --json."""
+        for other in delivery.errors.values():  # what they are about is not delivered, and yet to be named
+            if not (other is error or other.is_logged or str(other) == delivery.unkept_why):
+                self.warn(str(other))
         if error is not None:
             usage = "\n" + SHORT_USAGE.rstrip() if error.kind == "usage" else ""
-            self.error("{}{}{}".format(error, describe_account(delivery), usage))
+            self.log("error: {}{}{}".format(error, describe_account(delivery), usage))
         elif self._line_open:
             self.log("", "{1}")
         if not self.as_json:
@@ -2387,7 +2388,7 @@ class Reporter:
         try:
             self.out(json.dumps(summary) + "\n")
         except InputError as failure:
-            self.error("the --json summary is lost: {}".format(failure))
+            self.log("error: the --json summary is lost: {}".format(failure))
 
     def _write(self, stream, text):
         data = redact(text, self._secrets).encode("utf-8", "backslashreplace")
@@ -2420,11 +2421,10 @@ def as_error(error):
         return RetriesExhaustedError("out of memory", kind="memory", ends_run=True)
     if isinstance(error, ImportError):
         return PackTrackError(MISSING_MODULE.format(error.name), kind="python", ends_run=True)
-    origin = error.__traceback__
-    while origin.tb_next is not None:
-        origin = origin.tb_next
+    import traceback
+    *_, (_, line) = traceback.walk_tb(error.__traceback__)
     return PackTrackError("internal error: {} at line {}; please report it".format(
-        type(error).__name__, origin.tb_lineno), kind="internal", ends_run=True)
+        type(error).__name__, line), kind="internal", ends_run=True)
 
 
 # ---- main: from settings to what does the work -------------------------------------------------------------

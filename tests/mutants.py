@@ -8,8 +8,9 @@ blocks of a line that begins with #, the function, and the lines that go and com
 90 % were noticed, or 85 % of a section; or lines that no test runs.
 
 Works in copies of the tree. Which lines each test runs is traced once and kept in dist/ until module or test
-change. A mutant gets the tests of its line, first those that noticed others in its function, then the
-fastest, until one fails or LONGEST is over. As a plugin of pytest (-p mutants) it notes or picks what runs.
+change. A mutant gets the tests of its line, first those that noticed others in its function, then those
+that cost least for what they alone run, until one fails or LONGEST is over. As a plugin of pytest
+(-p mutants) it notes or picks what runs.
 """
 import argparse
 import ast
@@ -122,6 +123,8 @@ class Module:
     def __init__(self, text):
         self.text, self.lines, self.tree = text, text.split("\n"), ast.parse(text)
         self.data, self.sections, self.left_out, name = text.encode(), [""], set(), "Head"
+        self.inner = {line for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef)
+                      for line in range(node.body[0].lineno, node.end_lineno + 1)}
         self.starts = [0, *(match.end() for match in re.finditer(b"\n", self.data))]
         for line in self.lines:
             banner = re.match(r"# ---- ([^:\-]+)", line)
@@ -329,14 +332,22 @@ def run_mutants(options, module, trees, pool, tests):
     text = EQUIVALENT.read_text(encoding="utf-8") if EQUIVALENT.exists() else ""
     known = {block.split("\n", 1)[1].strip() for block in text.strip().split("\n\n") if "\n" in block}
     kills, score, began = collections.Counter(), {}, time.monotonic()
+    often = collections.Counter(line for _, ran in tests.values() for line in ran)
+    worth = collections.Counter()
+    for name, (seconds, ran) in tests.items():  # what few run of a section is worth most
+        for line in ran:
+            worth[module.sections[line], name] += 1 / often[line] / (seconds + 0.05)
 
     def attempt(one):
         line, start, end, new, function = one
         lines, changed = {line}, (module.data[:start] + new.encode() + module.data[end:]).decode()
-        if sum(line in ran for _, ran in tests.values()) > 0.9 * len(tests):  # runs at import
-            lines = module.uses(line) or lines
+        if block_of(function, module.text, changed) in known:
+            return line, changed, function, "is known"
+        if line not in module.inner:  # it runs at import
+            lines |= module.uses(line)
         names, total, picked = [name for name, (_, ran) in tests.items() if lines & ran], 0.0, []
-        for name in sorted(names, key=lambda one: (-10 * kills[function, one] - kills[one], tests[one][0])):
+        for name in sorted(names, key=lambda one: (
+                -10 * kills[function, one] - kills[one], -worth[module.sections[line], one])):
             total += tests[name][0]
             if picked and total > LONGEST:
                 break

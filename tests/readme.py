@@ -1,5 +1,6 @@
 """The tables of README.md, from the option table and the docstring; as a program, refreshes them."""
 import pathlib
+import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -17,7 +18,8 @@ def readme_tables():
         cells += ["`{}`".format(cell) if cell else "" for cell in (option.variable, option.default)]
         options.append("| {} |".format(" | ".join([*cells, option.help.replace("|", "\\|")])))
     codes = ["| exit code | meaning |", "|---|---|"]
-    codes += ["| {} | {} |".format(*row) for row in packtrack_logger.exit_codes()]
+    codes += ["| {} | {} |".format(*row)
+              for row in re.findall(r"^  (\S+)  (.+)$", packtrack_logger.__doc__, re.MULTILINE)]
     return {"options": "\n".join(options) + "\n", "exit-codes": "\n".join(codes) + "\n"}
 
 

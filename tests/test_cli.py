@@ -396,6 +396,7 @@ def test_help(run):
         assert (result.code, result.err, result.out) == (0, "", pl.help_text(flag == "--help"))
         assert least <= len(lines) <= most and max(map(len, lines)) <= 80
         assert result.out.startswith("%s\n\n%s" % (pl.SUMMARY, pl.USAGE))
+        assert most < 100 or "\n          With a COMMAND: the command's own, and 124 after" in result.out
         named = re.findall(r"^  (?:-\w, )?--([a-z-]+)", result.out, re.M)
         assert named == [option.name for option in pl.OPTIONS] if most > 100 else set(named) < set(pl.BY_NAME)
     for option in pl.OPTIONS:

@@ -201,6 +201,8 @@ def test_connections(run, tmp_path):
         assert server.connections == 1 and server.records == events(1000)
 
 
+test_slow_ones = rows(Case("are waited for", "{events:8} --batch-size 1 --connections 8 --json", requests=8,
+                           script=[Reply(delay=0.05 * number) for number in range(8)], json={"delivered": 8}))
 U = "--undelivered left "
 SITE = {"PYTHONPATH": "{tmp}/site", "PYTHONDONTWRITEBYTECODE": "1"}
 ONE = ndjson([event()])[:-1]
@@ -217,7 +219,10 @@ test_undelivered = rows(
     Case("full", "--undelivered /dev/full " + PIPE, stdin=ndjson(events(2)), default=400, code=2,
          marks=[linux], err="error: records 1-2" + WORDS + BOTH_LEFT + "; 2 not saved: cannot write /dev/full"
              + NO_SPACE, requests=1),
-    Case("output too", U + "--output left {events:2}", key=False, code=1,
+    Case("behind what was cut off", U + "{events:2}", default=400, files={"left": b'{"torn'}, code=2,
+         err="error: records 1-2" + WORDS + BOTH_LEFT, after={"left": b'{"torn\n' + ndjson(events(2))},
+         requests=1),
+    Case("output too", U + "--output ./left {events:2}", key=False, code=1,
          err="error: --output and --undelivered name the same file"),
     Case("the file itself", "--undelivered in --file in --ndjson", files={"in": events(2)}, default=400,
          code=1, err="error: --undelivered" + ITSELF),
@@ -235,7 +240,8 @@ test_undelivered = rows(
          err="error: standard input:1: " + LOUD + "; 3 records read, 1 invalid, none sent",
          after={"left": BAD.replace(b",", b", ") + ONE + b"\n" + ONE + b"\n"}),
     Case("a broken array", U + "--stdin --async", default=400, stdin=b"[%s,\nx" % ONE, code=2, requests=1,
-         err="error: record 1" + WORDS + left(0, 2, " 1") + "; 1 invalid", after={"left": b"x\n%s\n" % ONE}),
+         after={"left": b"x\n%s\n" % ONE}, err="standard input:2: invalid JSON: expected a value\n"
+         "error: record 1" + WORDS + left(0, 2, " 1") + "; 1 invalid"),
     Case("async, a bad line", U + "--async " + PIPE, stdin=BOTH, code=1, requests=1, after={"left": BAD},
          err="error: standard input:3: " + LOUD + "; delivered 2 of 3; 1 invalid"),
     Case("spans lines", U + "--file in", files={"in": LINES}, default=400, code=2, requests=1,
@@ -500,6 +506,9 @@ test_async_signals = rows(
     Case("second stops", U + A + W + PIPE + " --batch-size 2", stdin=events(5), hold=True, default=SILENT,
          kill=[("TERM", 1), ("INT", apart), ("INT", apart), ("INT", apart)], code="TERM",
          err="error: interrupted (SIGTERM)" + left(0, 5, "s 1-5"), requests=1, after={"left": events(5)}),
+    Case("a bad line is named", A + W + PIPE, stdin=ndjson(events(2)) + BAD, hold=True, default=SILENT,
+         kill=[("INT", 1), ("INT", apart)], code="INT", requests=1, err="standard input:3: " + LOUD
+         + "\nerror: interrupted (SIGINT)" + left(0, 3, "s 1-2") + "; 1 invalid"),
     Case("two at once are one", A + PIPE + " --batch-size 2", stdin=events(5), hold=True, code="INT",
          kill=[("STOP", is_read), *[(name, is_stopped) for name in ("TERM", "INT", "CONT")]], marks=[linux],
          default=Reply(delay=0.3), err="error: interrupted (SIGINT); delivered 5 of 5", requests=3),

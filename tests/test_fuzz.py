@@ -227,7 +227,7 @@ def judge(plan, result, requests, left):
     items, total, calm, lines = plan.items, result.summary, plan.calm, result.err.splitlines()
     claim(all(line.startswith("packtrack-logger: ") for line in lines)
           and [line for line in lines if ": error: " in line] == lines[-1:] * (result.code != 0)
-          and (plan.verbose or len(lines) <= bool(result.code) * (1 + 20 * plan.keep_going)), "what is said")
+          and (plan.verbose or len(lines) <= bool(result.code) * (4 + 20 * plan.keep_going)), "what is said")
     # What was read.
     wrong = [number for number, item in enumerate(items) if item[2] >= 1]
     reached = next((number + 1 for number in wrong if items[number][2] == 9), len(items))

@@ -303,24 +303,30 @@ def at(monkeypatch):
 
 def test_progress(at, monkeypatch):
     """Nothing in the first second; then at most five times a second on a terminal, else once."""
-    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((30, 9)))
     for terminal, pause in ((True, 0.25), (False, 1.0)):
         at(100.0)
+        monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((30, 9)))
         delivery, lines = delivery_of(), []
         reporter = delivery.reporter
         reporter._progress, reporter._terminal, delivery.read = True, terminal, 1
-        reporter.log = functools.partial(lambda lines, text, form: lines.append(form.format("", text)), lines)
+        reporter._write = functools.partial(lambda lines, _, text: lines.append(text), lines)
         for seconds in (100.875, 101.0, 101.0 + pause * 0.5, 101.0 + pause):
             at(seconds)
             reporter.progress(delivery)
             delivery.read += 1
-        at(104.0)
         delivery.delivered, delivery.total, delivery.undelivered = 12, 60, 3
+        at(104.0)
         reporter.progress(delivery)
         told = ["2 records read", "4 records read", "5 records read, 12 delivered, 3/s, 25 %"]
-        assert lines == [line[:29] if terminal else ": %s\n" % line for line in told]
+        if terminal:
+            assert lines == [told[0], *("\r\x1b[K" + line[:29] for line in told[1:])]
+            monkeypatch.setattr(os, "get_terminal_size", raising(OSError()))  # it has gone
+            at(200.0)
+            reporter.progress(delivery)
+        else:
+            assert lines == ["packtrack-logger: %s\n" % line for line in told]
         reporter._progress = False
-        at(200.0)
+        at(300.0)
         reporter.progress(delivery)
         assert len(lines) == 3
 
@@ -390,7 +396,9 @@ def test_secrets():
     for form in (secret, json.dumps(secret)[1:-1], html.escape(secret, 0), quote(secret), quote(secret, "")):
         assert pl.redact("x %s y %s" % (form, form), [secret]) == "x *** y ***"
         assert pl.holds_secret("x %s y" % form, [secret])
-    assert [pl.redact(KEY[:length] + '"', [KEY]) for length in (5, 6)] == [KEY[:5] + '"', '***"']
+    for end in ('"', ": x", ""):
+        assert [pl.redact(KEY[:length] + end, [KEY]) for length in (5, 6)] == [KEY[:5] + end, "***" + end]
+    assert pl.redact(KEY[:6] + "x " + KEY[:-1], [KEY]) == KEY[:6] + "x ***"
     for text in (KEY[:6], KEY[9:17], KEY[:3] + "\u200b" + KEY[3:6], KEY[-8:]):
         assert pl.holds_secret("x%sx" % text, ["12345", KEY]), text
     for text in (KEY[:5], KEY[9:16], KEY[-7:], "12345"):

@@ -266,6 +266,8 @@ test_runs_anyway = rows(
         ("no file", [*WHO, "--api-key-file", "x"], LOST + "--api-key-file: cannot read x: " + NO_FILE))],
     Case("no file, kept", [*WHO, "--api-key-file", "x", "--undelivered", "/dev/null", *SH[-3:], "true"],
          err=LOST + "--api-key-file: cannot read x: " + NO_FILE + "; event kept in /dev/null", key=False),
+    Case("no key, kept", [*WHO, "--undelivered", "/dev/null", *SH[-3:], "true"], key=False,
+         err=LOST + NO_KEY[len("error: "):-len(ANYWAY)] + "; event kept in /dev/null"),
     Case("127", [*OURS, "x/y"], key=False, code=127, err=NO_KEY + "\nerror: cannot run x/y: " + NO_FILE),
     Case("a signal", [*SH, "kill -TERM $$"], key=False, code="TERM", err=NO_KEY),
 )
