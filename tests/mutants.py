@@ -9,8 +9,8 @@ blocks of a line that begins with #, the function, and the lines that go and com
 
 Works in copies of the tree. Which lines each test runs is traced once and kept in dist/ until module or test
 change. A mutant gets the tests of its line, first those that noticed others in its function, then those
-that cost least for what they alone run, until one fails or LONGEST is over. As a plugin of pytest
-(-p mutants) it notes or picks what runs.
+that run little else, or what few run, and take little time, until one fails or LONGEST is over. As a
+plugin of pytest (-p mutants) it notes or picks what runs.
 """
 import argparse
 import ast
@@ -123,8 +123,6 @@ class Module:
     def __init__(self, text):
         self.text, self.lines, self.tree = text, text.split("\n"), ast.parse(text)
         self.data, self.sections, self.left_out, name = text.encode(), [""], set(), "Head"
-        self.inner = {line for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef)
-                      for line in range(node.body[0].lineno, node.end_lineno + 1)}
         self.starts = [0, *(match.end() for match in re.finditer(b"\n", self.data))]
         for line in self.lines:
             banner = re.match(r"# ---- ([^:\-]+)", line)
@@ -164,21 +162,6 @@ class Module:
             print("line %d %s: %s" % (line, what, self.lines[line - 1].strip()))
         print("coverage: %d lines and branches are missing" % len(missing))
         return len(missing)
-
-    def uses(self, line):
-        """The lines that use what this one, which runs when the module is imported, makes of some names."""
-        names, size = set(), -1
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.FunctionDef) and node.lineno <= line < node.body[0].lineno:
-                return {node.body[-1].lineno, node.body[0].lineno}
-        while len(names) > size:  # also by way of other names
-            size = len(names)
-            for node in self.tree.body:
-                if isinstance(node, ast.Assign) and (node.lineno <= line <= node.end_lineno or any(
-                        getattr(one, "id", None) in names for one in ast.walk(node.value))):
-                    names |= {one.id for one in ast.walk(ast.Tuple(node.targets)) if hasattr(one, "id")}
-        return {node.lineno for node in ast.walk(self.tree) if getattr(node, "col_offset", 0) > 0
-                and (getattr(node, "id", None) in names or getattr(node, "attr", None) in names)}
 
     def mutations(self, node=None, function="module"):
         """(line, start, end, new source, function) of every change; start and end in bytes."""
@@ -333,21 +316,23 @@ def run_mutants(options, module, trees, pool, tests):
     known = {block.split("\n", 1)[1].strip() for block in text.strip().split("\n\n") if "\n" in block}
     kills, score, began = collections.Counter(), {}, time.monotonic()
     often = collections.Counter(line for _, ran in tests.values() for line in ran)
-    worth = collections.Counter()
+    everywhere, worth = 0.98 * max(often.values()), collections.Counter()
     for name, (seconds, ran) in tests.items():  # what few run of a section is worth most
         for line in ran:
             worth[module.sections[line], name] += 1 / often[line] / (seconds + 0.05)
 
     def attempt(one):
         line, start, end, new, function = one
-        lines, changed = {line}, (module.data[:start] + new.encode() + module.data[end:]).decode()
+        changed, total, picked = (module.data[:start] + new.encode() + module.data[end:]).decode(), 0.0, []
         if block_of(function, module.text, changed) in known:
             return line, changed, function, "is known"
-        if line not in module.inner:  # it runs at import
-            lines |= module.uses(line)
-        names, total, picked = [name for name, (_, ran) in tests.items() if lines & ran], 0.0, []
-        for name in sorted(names, key=lambda one: (
-                -10 * kills[function, one] - kills[one], -worth[module.sections[line], one])):
+        # What runs when the module is imported may matter to any test.
+        names = [name for name, (_, ran) in tests.items() if line in ran or often[line] > everywhere]
+        place = dict.fromkeys(names, len(names))
+        for key in (lambda one: -worth[module.sections[line], one],
+                    lambda one: len(tests[one][1]) * tests[one][0]):  # and what runs little else
+            place.update((name, min(place[name], at)) for at, name in enumerate(sorted(names, key=key)))
+        for name in sorted(names, key=lambda one: (-10 * kills[function, one] - kills[one], place[one])):
             total += tests[name][0]
             if picked and total > LONGEST:
                 break

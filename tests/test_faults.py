@@ -357,6 +357,8 @@ test_tls = rows(
     *[lone(id, message + AFTER_2, [step] * 2, requests=0, marks=[modern], **TLS) for id, step, message in (
         ("handshake cut", at_hello(9999, "close"), "{host}: TLS connection closed"),
         ("handshake reset", at_hello(50, "reset"), "{host}: connection reset by peer"),
+        ("an alert", Fault("alert", lambda _, sock, __: sock.recv(9999) and sock.sendall(
+            b"\x15\3\3\0\2\2\x50") or "close", at="accept"), "{host}: TLS: <...> internal error"),
         ("handshake hung", FAULTS["SILENT_BEFORE"], "timed out after 0.4s"))],
     lone("no answer", "{host}: <...> without an answer" + AFTER_2, named("CLOSE") * 2, marks=[modern], **TLS),
     all_delivered("one connection, and another", 5, [200, ok(KEPT, "close")], **TLS),

@@ -336,6 +336,9 @@ def test_progress_of_reading():
     delivery, shown = delivery_of(), []
     delivery.reporter.progress = lambda delivery: shown.append(delivery.read)
     assert list(pl.accept_valid(reader, delivery)) == [(1, [b"1", b"2"]), (3, [b"3"])] and shown == [2, 3]
+    delivery.output = types.SimpleNamespace(append=lambda data: None)
+    delivery.send(([b"{}"], [1]))
+    assert shown == [2, 3, 3]
 
 
 class Clock:
@@ -421,14 +424,14 @@ def test_client(server):
         assert parameters[name].default == settings[name.replace("_", "-")], name
     assert not parameters["gzip"].default
     client = pl.Client(KEY, base_url=server.url)
-    client.ingest_event(event(timestamp=MISSING))
+    client.ingest_event(event(timestamp=MISSING, metadata={}))
     client.ingest_batch([event(metadata={}), event()], idempotency_key="auto")
     client.health_check()
     with pytest.raises(pl.InvalidError, match="^missing required source.system"):
         client.ingest_batch([event(), {}])
     client.close()
     assert [len(request.events) for request in server.requests] == [1, 2, 0]
-    assert server.records[1:] == [event(metadata={}), event()]
+    assert server.records[1:] == [event(metadata={}), event()] and server.records[0]["metadata"] == {}
     assert server.requests[1].headers["idempotency-key"] == pl.sha256(server.requests[1].body)
     assert (server.connections, client.requests, client.retries) == (1, 3, 0)
     assert client.bytes_sent == sum(len(request.raw_body) for request in server.requests)
