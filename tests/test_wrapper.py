@@ -361,6 +361,15 @@ def test_ignored_signals(start, server):
     assert (process.result().code, only(server)["metadata"]["exit_code"]) == (5, 5)
 
 
+@linux
+def test_none_is_blocked_while_it_reports(start):
+    with StandIn([SILENT]) as server:
+        process = start(*SH, "exit 3", server=server)
+        server.wait_for_requests(1)
+        with open("/proc/%d/status" % process.pid) as status:
+            assert int(status.read().split("SigBlk:")[1].split()[0], 16) == 0
+
+
 @full
 def test_at_any_moment(start, server):
     for moment in range(40):
