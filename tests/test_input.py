@@ -75,6 +75,7 @@ KEY = "in:1: invalid JSON: expecting property name enclosed in double quotes"
 MISSING_ALL = "missing required source.system, workflow.id, actor.type, actor.id, severity, status, message"
 ESCAPES = b'"\\u00e9\\ud83d\\ude80\\ud800\\\\\\"\\/"'
 # Content, what is read of it as JSON, and as NDJSON (left out: the same). <...>: words of a Python version.
+EXPECTED = "in:%d: invalid JSON: expected a value at column 1"
 READ = {
     "nothing": (b"", [EMPTY]),
     "blank": (b" \r\n\t\n", [EMPTY]),
@@ -135,6 +136,10 @@ READ = {
     "numbers and words": (b"[1,-1.5,1.25e-10,true,false,null]", [NO_OBJECT] * 6, [NO_OBJECT + OMIT]),
     "a mixed array": (b'[%s,"x",[%s],\n1 ,%s]' % (GOOD, GOOD, TWO),
                       [GOOD, NO_OBJECT, NO_OBJECT, "in:2: not a JSON object", TWO], None),
+    "bad elements": (b'[\n"x",\n\n%s,[]\n,\n5]' % GOOD, [
+        "in:2: not a JSON object", GOOD, *("in:%d: not a JSON object" % number for number in (4, 6))], None),
+    "bad lines, good ones between": (b"x\n%s\nx\n\nx\n%s\n" % (GOOD, TWO), [NEITHER], [
+        EXPECTED % 1, GOOD, EXPECTED % 3, EXPECTED % 5, TWO]),
     "null": (b"null", [NEITHER], [NO_OBJECT]),
     "bad lines": (b"%s\n\r\n\n%s\nx\n%s\n{}" % (GOOD, TWO, GOOD), [GOOD, MORE % 4], [
         GOOD, TWO, "in:5: invalid JSON: expected a value at column 1", GOOD, "in:7: " + MISSING_ALL]),

@@ -33,6 +33,8 @@ def test_option_table():
         assert option.short == {"help": "-h", "verbose": "-v", "version": "-V"}.get(option.name)
         assert option.path == (option.name in ("api-key-file", "file", "undelivered", "output"))
     assert re.findall(r"'\*(--\w+)\[", pl.completion("zsh")) == ["--meta"]  # repeatable
+    assert re.findall(r"-l (\w+) -s (\w) ", pl.completion("fish")) == [
+        ("verbose", "v"), ("version", "V"), ("help", "h")]
 
 
 def test_durations():
