@@ -316,7 +316,8 @@ def run_mutants(options, module, trees, pool, tests):
     known = {block.split("\n", 1)[1].strip() for block in text.strip().split("\n\n") if "\n" in block}
     kills, score, began = collections.Counter(), {}, time.monotonic()
     often = collections.Counter(line for _, ran in tests.values() for line in ran)
-    everywhere, worth = 0.98 * max(often.values()), collections.Counter()
+    first = next(node.lineno for node in module.tree.body if isinstance(node, ast.Assign))
+    everywhere, worth = 0.98 * often[first], collections.Counter()
     for name, (seconds, ran) in tests.items():  # what few run of a section is worth most
         for line in ran:
             worth[module.sections[line], name] += 1 / often[line] / (seconds + 0.05)

@@ -67,8 +67,8 @@ def test_timestamps():
         assert is_timestamp("2025-01-01" + end) is (end in good.split(" ")), end
     for bad in ("0000-01-01T00:00:00Z", "0000-02-29T00:00:00Z", "x2025-01-01T00:00:00Z"):
         assert not is_timestamp(bad)
-    assert [pl.utc_timestamp(seconds) for seconds in (0.0, 0.999999, 1e9 + 0.25)] == [
-        "1970-01-01T00:00:00.000000Z", "1970-01-01T00:00:00.999999Z", "2001-09-09T01:46:40.250000Z"]
+    assert [pl.utc_timestamp(seconds) for seconds in (0.0, 1.9999995, 1e9 + 0.25)] == [
+        "1970-01-01T00:00:00.000000Z", "1970-01-01T00:00:01.999999Z", "2001-09-09T01:46:40.250000Z"]
 
 
 def test_backoff():
