@@ -615,7 +615,7 @@ def test_under_timeout(argv_of, home, server):
             process.wait(30)
             said.append(process.stderr.read())
     flushed = said.count(b"packtrack-logger: error: interrupted (SIGTERM); delivered 3 of 3\n")
-    assert flushed >= 39, said  # where timeout(1) itself has to wait for 0.2 s in between, they are two
+    assert flushed >= 39, said  # seen once on a busy machine: the two counted as two
     assert server.records == events(3) * flushed
 
 
