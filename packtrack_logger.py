@@ -189,7 +189,7 @@ class Limits:
         """Sleep that long. Raises as check()."""
         until = self.clock() + seconds
         while self.clock() < until:
-            self._pause(self.left(min(TICK, until - self.clock())))
+            self._pause(self.left(max(0.0, min(TICK, until - self.clock()))))  # time passes between the two
 
     def saving(self, seconds):
         """Return the Limits for saving the undelivered: past the deadline, and until a second signal."""

@@ -348,6 +348,7 @@ class Clock:
         self.now, self.sleeps = 128.0, []
 
     def pause(self, seconds):
+        assert seconds >= 0  # time.sleep() takes no other
         self.sleeps.append(seconds)
         self.now += seconds
 
@@ -371,6 +372,8 @@ def test_limits():
     limits, forever = clock.limits(1.0), clock.limits()
     assert (limits.deadline, limits.left(), limits.left(5)) == (129.0, 0.1, 1.0)
     assert ends(limits.sleep, 0.25) is None and clock.sleeps == pytest.approx([0.1, 0.1, 0.05])
+    busy = pl.Limits(clock=iter(range(9)).__next__, pause=clock.pause)
+    assert ends(busy.sleep, 1.5) is None  # the machine was elsewhere between two looks at the clock
     assert ends(limits.sleep, 9) == "deadline" and clock.now == pytest.approx(129.0)
     assert ends(limits.check) == ends(limits.left, 1) == "deadline"
     assert (forever.deadline, forever.left(1e9), ends(forever.check)) == (None, 1e9, None)
