@@ -117,8 +117,9 @@ try:
     except ImportError:
         # Another version, or a pre-release, which shares the name of its final version but not the bytecode.
         module.__file__ = os.path.join(sys.path[0], "packtrack_logger.py")
-        code = compile(__loader__.get_data(module.__file__), "packtrack_logger.py", "exec")
+        code = compile(__loader__.get_data(module.__file__), "packtrack_logger.py", "exec", optimize=0)
     exec(code, module.__dict__)
+    code = module.main(sys.argv[1:])
 except ImportError as error:
     stand_aside(MISSING_MODULE.format(error.name))
 except KeyboardInterrupt:
@@ -127,8 +128,9 @@ except KeyboardInterrupt:
     # A shell's loop ends only if we die of it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
+    code = 128 + signal.SIGINT  # a process 1 does not
 # All is written and closed: to take the interpreter apart would take longer than the work.
-os._exit(module.main(sys.argv[1:]))
+os._exit(code)
 PYTHON
 } >"$work/archive/__main__.py"
 grep -q '^def stand_aside' "$work/archive/__main__.py" || fail "packtrack_logger.py has no section '$section'"

@@ -40,8 +40,9 @@ def entry_state():
             environ = dict(pair.split(b"=", 1) for pair in file.read().split(b"\0") if pair.find(b"=") > 0)
     except EnvironmentError:  # macOS has no /proc
         environ = dict(getattr(os, "environb", os.environ))
-        if not (environ.get(b"LC_ALL") or environ.get(b"LANG")):
-            environ.pop(b"LC_CTYPE", None)  # PEP 538 sets it
+        if not environ.get(b"LC_ALL") and environ.get(b"LC_CTYPE") in (b"C.UTF-8", b"C.utf8", b"UTF-8") and (
+                environ.get(b"LANG", b"C") in (b"", b"C", b"POSIX")):
+            del environ[b"LC_CTYPE"]  # PEP 538 sets it
     try:  # CPython ignores PIPE and XFSZ: what they were only our parent, whose mask we inherited, can tell
         with open(parent + "status") as file:
             status = dict(line.split(":\t", 1) for line in file if ":\t" in line)
@@ -106,7 +107,6 @@ except ImportError as error:
 
 # ---- Errors: one class per exit code; a message is one line, without secrets -------------------------------
 
-
 class PackTrackError(Exception):
     """What this module raises. kind: a word for programs. ends_run: whether the rest would fail alike."""
 
@@ -127,25 +127,21 @@ class PackTrackError(Exception):
 
 class InvalidError(PackTrackError):
     """Arguments or an event that are not valid; nothing was sent for them."""
-
     exit_code, kind = 1, "invalid"
 
 
 class RefusedError(PackTrackError):
     """The server's final no, or another permanent failure."""
-
     exit_code, kind = 2, "refused"
 
 
 class RetriesExhaustedError(PackTrackError):
     """The retries or the time are used up; a later run may succeed."""
-
     exit_code, kind = 3, "retries_exhausted"
 
 
 class InputError(PackTrackError):
     """The input cannot be read or is not what it should be, or a file cannot be written."""
-
     exit_code, kind = 4, "input"
 
 
@@ -542,7 +538,7 @@ def resolve(argv, environ):
         if any(given.get(name, [("", "")])[-1][0] == "--" + name for name in pair):
             ignored += pair
     found = {option.name: (option.variable, environ[option.variable]) for option in OPTIONS
-             if option.name not in ignored and environ.get(option.variable or "")}
+             if option.variable and option.name not in ignored and environ.get(option.variable)}
     found.update((name, texts[-1]) for name, texts in given.items())
     for name, (source, text) in found.items():
         settings.sources[name] = source
@@ -560,6 +556,7 @@ def settle(settings):
     """Refuse options that contradict each other; drop variables that are about another kind of run."""
     command, sources, alone = settings.command, settings.sources, "cannot be combined with a command"
     reads_stdin = command or settings["stdin"] or settings["file"] in STANDARD_INPUT
+    files = [settings[name] for name in ("output", "undelivered") if settings[name]]
     keyless = settings["dry-run"] or settings["output"] or settings["health"]
     if settings["api-key"]:
         settings["api-key-file"] = None
@@ -567,8 +564,8 @@ def settle(settings):
         (("file",), not settings["stdin"], "and {} cannot be used together".format(sources.get("stdin"))),
         (NOT_WITH_COMMAND + ("dry-run",), not command, alone),
         (("output",), not command or settings["output"] != "-", "- " + alone),
-        (("output",), os.path.realpath(settings["output"] or "") != os.path.realpath(
-            settings["undelivered"] or ""), "and {} name the same file".format(sources.get("undelivered"))),
+        (("output",), len(files) < 2 or len(set(map(os.path.realpath, files))) == 2,
+         "and {} name the same file".format(sources.get("undelivered"))),
         (("severity", "status"), not command, alone + ", whose outcome sets it"),
         (("api-key-file",), keyless or not reads_stdin or settings["api-key-file"] not in STANDARD_INPUT,
          "cannot be standard input: the {} it".format("command reads" if command else "events come from")),
@@ -621,14 +618,13 @@ ALIASES = {  # what other programs call these
 
 def printable(text):
     """Return text on one line, without control characters, of at most 200 characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:1 << 16]).split())[:200]
 
 
 def nearest(word, known, hint=' (did you mean "{}"?)'):
     """Return a hint at the one of the known words that was probably meant, or nothing."""
     import difflib
-
-    word = word.lower()
+    word = word[:200].lower()  # difflib takes time by the square, and memory
     found = [name for name in known if word == name or word in ALIASES.get(name, "").split()] or (
         difflib.get_close_matches(word, known, 1))
     return hint.format(found[0]) if found else ""
@@ -655,11 +651,6 @@ def help_text(long):
         lines += [FOOTER] + [entry("  " + code, meaning, 10) for code, meaning in codes]
         lines += [entry("", "With a COMMAND: the command's own, and 124 after --command-timeout.", 10)]
     return "\n".join(lines) + "\n" + (EXAMPLES if long else SHORT_FOOTER)
-
-
-def completion(shell):
-    """Return the completion script of "bash", "zsh" or "fish". It leaves out the flags that undo others."""
-    return {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}[shell]()
 
 
 def bash_completion():
@@ -712,6 +703,11 @@ def fish_completion():
         text = re.sub(r"(['\\])", r"\\\1", option.about)
         lines.append("complete -c packtrack-logger -l {}{} -d '{}'".format(option.name, value, text))
     return "\n".join(lines) + "\n"
+
+
+COMPLETIONS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+
+
 # ---- Events: pure functions from records to records; no files, no clock ------------------------------------
 
 FIELDS = ("timestamp", "source", "workflow", "actor", "severity", "status", "message", "metadata", "extra")
@@ -845,6 +841,15 @@ def complete_event(event, defaults, now):
             result[name] = own
     check_event(result)
     return result
+
+
+def complete_record(record, defaults, now):
+    """Return a record, bytes of JSON, with what it lacks. Raises InputError, InvalidError and ValueError."""
+    event = parse_json(record.decode("utf-8"))
+    if type(event) is not dict:
+        raise InputError("not a JSON object")
+    completed = complete_event(event, defaults, now)
+    return record if completed == event else dump_json(completed)
 
 
 def completeness_test(defaults):
@@ -1035,11 +1040,7 @@ class Reader:
     def _complete(self, raw, data, position, items):
         """Add raw, which is at a position of data, to items, completed or Refused; return if it is valid."""
         try:
-            event = parse_json(raw.decode("utf-8"))
-            if type(event) is not dict:
-                raise InputError("not a JSON object")
-            completed = complete_event(event, self._defaults, utc_timestamp(time.time()))
-            items[-1].append(raw if completed == event else dump_json(completed))
+            items[-1].append(complete_record(raw, self._defaults, utc_timestamp(time.time())))
             return True
         except UnicodeDecodeError:
             error_class, why = InputError, "invalid UTF-8"
@@ -1126,9 +1127,7 @@ class Reader:
 
 class Boundary:
     """Finds the end of a JSON value that comes in pieces; made by Reader for an element that is not whole."""
-
-    def __init__(self):
-        self._position, self._depth, self._in_string = 0, 0, False
+    _position, _depth, _in_string = 0, 0, False
 
     def found(self, data):
         """Return whether the value that data begins with is whole. From call to call data only grows."""
@@ -1173,11 +1172,11 @@ def reason(error):
 # ---- Transport: requests, answers, whether and when to try again; nothing is printed here ------------------
 
 LONGEST_RETRY_AFTER, NEXT_ADDRESS, BODY_SECONDS = 60.0, 0.25, 1.0
-MOST_OF_BODY, MOST_OF_ERROR = 1 << 20, 1 << 16
+MOST_OF_BODY, MOST_OF_ERROR, MOST_RECEIVED = 1 << 20, 1 << 16, 8 << 20
 HTTP_DATES = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")
-TELLING_RUN = 8
+RETRYABLE, TELLING_RUN = (429,) + tuple(range(500, 600)), 8  # every other status is final
 ESCAPES = r"(?:\\u00|\\x|%)([0-9A-Fa-f]{2})|(&#?[0-9A-Za-z]{1,12};?)|\\(.)"
-PROXY = (r"(?i)(?:http://)?(?![a-z0-9+.-]*://)(?:[^/:]*:?([^/\ud800-\udfff]*)@)?"
+PROXY = (r"(?i)(?:http://)?(?![a-z0-9+.-]*://)(?:[^/:\ud800-\udfff]*:?([^/\ud800-\udfff]*)@)?"
          r"(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?")
 BAD_PROXY = ("must be http://[USER:PASSWORD@]HOST[:PORT] (value not shown): SOCKS proxies and TLS to a "
              "proxy are not supported")
@@ -1203,13 +1202,7 @@ TLS_FAULTS = (  # what OpenSSL says, the kind of error (None: another attempt ma
 
 class AttemptFailed(RetriesExhaustedError):
     """A failed attempt where another may succeed. retry_after: the seconds that were asked for, at least."""
-
     retry_after = 0.0
-
-
-def is_retryable(status):
-    """Return whether a status is worth a retry: 429 and 5xx are, every other one is final."""
-    return status == 429 or 500 <= status <= 599
 
 
 def backoff_delay(number, initial, maximum, jitter, random):
@@ -1217,12 +1210,12 @@ def backoff_delay(number, initial, maximum, jitter, random):
     return min(initial * 2.0 ** min(number - 1, 60), maximum) * (1 + jitter * (2 * random() - 1))
 
 
-def parse_retry_after(value, now):
+def parse_retry_after(value, now=None):
     """Return the seconds from now that a Retry-After asks for (RFC 9110, 10.2.3), or None for nonsense."""
+    # Without now it is a Date, which is no number; its seconds are from the epoch.
     import calendar
-
     value = (value or "").strip(" \t")
-    if re.fullmatch("[0-9]{1,10}", value):
+    if now is not None and re.fullmatch("[0-9]{1,10}", value):
         return float(value)
     for form in HTTP_DATES:
         try:
@@ -1230,7 +1223,7 @@ def parse_retry_after(value, now):
         except ValueError:
             continue
         if value in (time.strftime(form, date), time.asctime(date)):  # strptime alone is lenient
-            return max(0.0, float(calendar.timegm(date) - now))
+            return max(0.0, float(calendar.timegm(date) - (now or 0)))
     return None
 
 
@@ -1253,16 +1246,15 @@ def holds_secret(text, secrets):
             runs = [run[start:] + "A" * ((start - len(run)) % 4) for run in runs for start in range(4)]
             decoded = " ".join(a2b_base64(run).decode("utf-8", "ignore") for run in runs)
             texts.update(map(squeeze, (each.replace("+", ""), re.sub(ESCAPES, character, each), decoded)))
-    windows = [secret[at:at + (TELLING_RUN if at else SHORTEST_SECRET)]
-               for secret in map(squeeze, secrets) if len(secret) >= SHORTEST_SECRET
-               for at in range(max(1, len(secret) - TELLING_RUN + 1))]
-    return any(window in each for each in texts for window in windows)
+    secrets = [secret for secret in map(squeeze, secrets) if len(secret) >= SHORTEST_SECRET]
+    runs = {secret[at:at + TELLING_RUN] for secret in secrets for at in range(len(secret) - TELLING_RUN + 1)}
+    return any(secret[:SHORTEST_SECRET] in each for secret in secrets for each in texts) or any(
+        each[at:at + TELLING_RUN] in runs for each in texts for at in range(len(each)))
 
 
 def resolve_host(host, port, left, fault):
     """Return getaddrinfo's addresses of a host. left: returns how long to wait at a time, or raises."""
     import socket
-
     answers, host = [], host.encode("ascii")  # bytes: text would import the IDNA codec
 
     def resolve(flags=0):
@@ -1291,7 +1283,6 @@ def connect(addresses, left, clock):
     """Return a socket connected to one of getaddrinfo's addresses, by RFC 8305. Raises OSError."""
     import selectors
     import socket
-
     families, selector = [address[0] for address in addresses], selectors.DefaultSelector()
     order = sorted(range(len(families)), key=lambda at: families[:at].count(families[at]))
     sockets, due, code = [], 0.0, 0
@@ -1325,10 +1316,11 @@ def connect(addresses, left, clock):
 
 class Connection(io.RawIOBase):
     """A connection to the service, kept for the next request; http.client reads from it as from a file."""
+    _context, _lock = None, _thread.allocate_lock()  # one for all: the certificates take a MiB
 
     def __init__(self, limits, secrets):
         self._limits, self.secrets = limits, secrets
-        self._socket = self._context = self._credentials = None
+        self._socket = self._credentials = None
         self.peer = self._host = self._stage = ""
         self._ahead, self.ended, self.received, self.until, self.timeout = b"", False, 0, 0.0, 0.0
 
@@ -1372,7 +1364,7 @@ class Connection(io.RawIOBase):
         if not 200 <= response.status <= 299:
             message = "{} refused the tunnel: HTTP {} {}".format(
                 self.peer, response.status, self.quote(response.reason)).rstrip()
-            if is_retryable(response.status):
+            if response.status in RETRYABLE:
                 raise AttemptFailed(message)
             raise RefusedError(message, status=response.status, kind="proxy", ends_run=True)
         self._host, self.peer, self._stage = host.strip("[]"), target, ""
@@ -1380,10 +1372,14 @@ class Connection(io.RawIOBase):
     def _start_tls(self):
         try:
             import ssl
+            with self._lock:
+                Connection._context = Connection._context or ssl.create_default_context()
         except ImportError:
             raise RefusedError("https needs Python's ssl module, which this Python was built without",
                                kind="no_tls", ends_run=True)
-        self._context = self._context or ssl.create_default_context()
+        except OSError as error:
+            raise RefusedError("cannot set up TLS (check SSLKEYLOGFILE and OPENSSL_CONF): " + reason(error),
+                               kind="tls", ends_run=True)
         self._socket = self._context.wrap_socket(
             self._socket, server_hostname=self._host.rstrip("."), do_handshake_on_connect=False)
         while self._call(self.left(), lambda: self._socket.do_handshake() or True) is None:
@@ -1404,7 +1400,6 @@ class Connection(io.RawIOBase):
     def read_response(self, method):
         """Return an HTTPResponse whose headers are read, past all 1xx but 101 (RFC 9110, 15.2)."""
         from http.client import BadStatusLine, HTTPResponse
-
         def read_status():  # in place of http.client's own, which takes +200, 0200 and 2_00
             line = stream.readline(65537)
             match = re.fullmatch(STATUS_LINE, line)
@@ -1459,7 +1454,7 @@ class Connection(io.RawIOBase):
     def readinto(self, buffer):
         while not self._ahead and self._receive(self.left()) is None:
             pass
-        count = min(len(buffer), len(self._ahead))
+        count = min(len(buffer), len(self._ahead)) if self.received < MOST_RECEIVED else 0
         buffer[:count], self._ahead = self._ahead[:count], self._ahead[count:]
         self.ended = not count
         return count
@@ -1503,12 +1498,12 @@ class Client:
 
     def ingest_event(self, event, idempotency_key=None):
         """Deliver one event (a dict; a missing timestamp is now). Raises PackTrackError's subclasses."""
-        self.send(dump_json(complete_event(event, {}, utc_timestamp(time.time()))), idempotency_key)
+        self.send(complete_record(dump_json(event), {}, utc_timestamp(time.time())), idempotency_key)
 
     def ingest_batch(self, events, idempotency_key=None):
         """Deliver a list of events as one request. Raises PackTrackError's subclasses; then none counts."""
-        records = [dump_json(complete_event(event, {}, utc_timestamp(time.time()))) for event in events]
-        self.send(json_array(records), idempotency_key)
+        records = [complete_record(dump_json(event), {}, utc_timestamp(time.time())) for event in events]
+        self.send(b"[%b]" % b",".join(records), idempotency_key)
 
     def health_check(self):
         """Ask the service's health, once. Raises PackTrackError's subclasses unless it is healthy."""
@@ -1518,11 +1513,11 @@ class Client:
         """Deliver the bytes of JSON, with retries; the key "auto" is their SHA-256. Raises PackTrackError."""
         headers = {"Content-Type": "application/json"}
         if idempotency_key:
-            key = sha256(body) if idempotency_key == "auto" else idempotency_key
+            import hashlib
+            key = hashlib.sha256(body).hexdigest() if idempotency_key == "auto" else idempotency_key
             headers["Idempotency-Key"] = checked(parse_header, "idempotency_key", key)
         if self._gzip:
             import zlib
-
             headers["Content-Encoding"] = "gzip"
             packer, packed = zlib.compressobj(6, zlib.DEFLATED, 31), []  # 31: gzip, its date left at zero
             for start in range(0, len(body), MOST_OF_BODY):
@@ -1530,9 +1525,8 @@ class Client:
                 packed.append(packer.compress(body[start:start + MOST_OF_BODY]))
             body = b"".join(packed) + packer.flush()
         headers["Content-Length"] = len(body)
-        number = 0
-        while True:
-            number, started = number + 1, self._limits.clock()
+        for number in range(1, self._attempts + 1):  # after the last one _wait() raises
+            started = self._limits.clock()
             try:
                 outcome = self._attempt("POST", "/api/ingest", headers, body)
             except (AttemptFailed, RefusedError) as error:
@@ -1548,7 +1542,6 @@ class Client:
     def _wait(self, number, failed):
         """Wait before the next attempt, or raise RetriesExhaustedError where there is none."""
         from random import random
-
         least, kind = failed.retry_after, None
         delay = max(least, backoff_delay(number, *self._backoff, random=self._random or random))
         asked = "; Retry-After is {:.0f} s".format(least) if least else ""
@@ -1569,7 +1562,6 @@ class Client:
         """Send a request; return its status, a 2xx, in words. Raises RefusedError and AttemptFailed."""
         from http.client import HTTPException
         from urllib.request import Request
-
         faults = OSError, HTTPException, ValueError  # ValueError: CertificateError on 3.6
         connection, clock, kept, answer = self._connection, self._limits.clock, False, b""
         connection.until, connection.timeout = clock() + self._timeout, self._timeout
@@ -1585,7 +1577,7 @@ class Client:
                 kept = ok and response.isclosed() and not response.will_close  # read to its end
                 if response.length and connection.ended:
                     raise ConnectionError("connection closed amid the body")
-            except faults + (RetriesExhaustedError, Interrupted) as error:  # the status stands
+            except faults + (MemoryError, RetriesExhaustedError, Interrupted) as error:  # the status stands
                 self._trace("the response body broke off: {}".format(connection.failure(error)))
         except faults as error:
             raise connection.failure(error)
@@ -1599,7 +1591,6 @@ class Client:
     def _use_proxy(self, request):
         """Have urllib direct a request to the environment's proxy, if there is one. Raises InvalidError."""
         from urllib import request as urllib
-
         if self._proxy is None:
             proxies = {} if urllib.proxy_bypass(request.host) else urllib.getproxies()
             proxy = proxies.get(request.type, "").rstrip("/")
@@ -1652,10 +1643,10 @@ class Client:
             message = "{}: {}".format(self._connection.peer, message)
         message += ': "{}"'.format(words) if words else ""
         message += ("; " if words else ": ") + hint if hint else ""
-        if not is_retryable(status):
+        if status not in RETRYABLE:
             return RefusedError(message, status=status, ends_run=status in (401, 403, 404))
         failed = AttemptFailed(message, status=status)
-        now = parse_retry_after(response.getheader("Date"), 0) or time.time()
+        now = parse_retry_after(response.getheader("Date")) or time.time()
         failed.retry_after = parse_retry_after(response.getheader("Retry-After"), now) or 0.0
         return failed
 
@@ -1672,16 +1663,6 @@ def checked(parse, name, value):
         raise InvalidError(str(error), where=name)
 
 
-def sha256(body):
-    """Return the SHA-256 of bytes, in hexadecimal."""
-    import hashlib
-
-    return hashlib.sha256(body).hexdigest()
-
-
-def json_array(records):
-    """Return the body of a batch: the records' own bytes as a JSON array."""
-    return b",".join(records).join((b"[", b"]"))
 # ---- Delivery: the chain from records to batches, and the one account --------------------------------------
 
 HELD_IN_MEMORY, QUEUE_ITEMS, MOST_RANGES = 16 << 20, 32, 100
@@ -1746,7 +1727,6 @@ def keep_until_valid(runs, delivery, name):
 def read_ahead(runs, delivery, limits, capacity, interval, flushes):
     """Yield (number, records) that a thread reads up to `capacity` ahead; None each `interval` seconds."""
     import queue
-
     size = max(1, capacity // QUEUE_ITEMS)
     ahead, finished, oldest, item = queue.Queue(capacity // size), [], None, ()
 
@@ -1886,7 +1866,7 @@ class Delivery:
             with self._lock:
                 if error is None:
                     self.delivered += len(records)
-                elif error.status == 413 and half and error is not self.ended:
+                elif error.status == 413 and half and not (error.ends_run or error is self.ended):
                     parts += [(records[half:], numbers[half:]), (records[:half], numbers[:half])]
                 else:
                     if error is not self.ended:
@@ -1910,9 +1890,10 @@ class Delivery:
                 probes, self._probes = self._probes, False
             if probes:
                 check_health(client, self.reporter)
-            body, key = records[0] if self.single else json_array(records), self._key
+            body, key = records[0] if self.single else b"[%b]" % b",".join(records), self._key
             if key and key != "auto" and len(records) != self.total:
-                key = "{}-{}-{}-{}".format(key, numbers[0], numbers[-1], sha256(body)[:8])
+                import hashlib
+                key = "{}-{}-{}-{}".format(key, numbers[0], numbers[-1], hashlib.sha256(body).hexdigest()[:8])
             self.reporter.trace("{}: {} bytes to {}".format(
                 describe_ranges([[numbers[0], numbers[-1]]]), len(body), client.base_url))
             client.send(body, key)
@@ -1974,6 +1955,7 @@ class Appender:
         self._path, self._limits, self._saving, self._patience = path, limits, saving, LONGEST_SAVING
         self._kept, self._is_first = 1 if path == "-" else None, True  # _kept: a descriptor that stays open
         self.name, parent = display(path, "standard output"), os.path.dirname(path) or "."
+        parent = os.path.dirname(os.path.realpath(path)) if os.path.islink(path) else parent
         writable = os.access(path, os.W_OK) if os.path.exists(path) else os.access(parent, os.W_OK | os.X_OK)
         why = ("it is closed" if path == "-" and sys.stdout is None else
                "it is a directory" if os.path.isdir(path) else
@@ -2044,12 +2026,10 @@ def lock_file(descriptor):
     try:
         if os.name == "nt":  # on Windows a lock is on bytes from the current position on
             import msvcrt
-
             os.lseek(descriptor, 0, os.SEEK_SET)
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
-
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # it is taken; which of them says so depends on the system
         return False
@@ -2116,7 +2096,6 @@ def run_command(settings, hurry):
 def run_on_windows(command, timeout, hurry):  # Windows
     """run_on_posix() for Windows, where Ctrl-C reaches every process of the console and there is no TERM."""
     import subprocess
-
     handle_signals(lambda number, frame: None, PASSED_ON)
     try:
         return subprocess.call(command, close_fds=False, timeout=timeout), False
@@ -2140,7 +2119,11 @@ def run_on_posix(command, timeout, hurry):
         canary, early = start_canary(pipe), []
         while signal.sigpending() & passed_on:
             early.append((0.0, signal.sigwait(passed_on)))
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # there may be room for one process
+            end_canary(canary)
+            canary, pid = None, os.fork()
         if pid == 0:
             try:
                 handle_signals(signal.SIG_DFL, PASSED_ON)
@@ -2168,6 +2151,7 @@ def wait_for(pid, timeout, passed_on, canary, pipe, waiting):
         ended, status = os.waitpid(-1, os.WNOHANG)
         now = time.monotonic()
         if ended == pid:
+            end_canary(canary)
             return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), timed_out
         try:
             if now >= deadline:  # CONT, since a stopped process would not hear of TERM
@@ -2175,7 +2159,9 @@ def wait_for(pid, timeout, passed_on, canary, pipe, waiting):
                 timed_out, deadline = True, now + (FOREVER if timed_out else KILL_AFTER)
             while waiting and waiting[0][0] <= now:
                 os.kill(pid, waiting.pop(0)[1])
-            if ended == canary and os.WIFSIGNALED(status):  # by what was sent to our whole group
+            if ended == canary and not os.WIFSIGNALED(status):  # it could not run
+                canary = None
+            elif ended == canary:  # by what was sent to our whole group
                 canary = start_canary(pipe)
                 if os.getpgid(pid) == os.getpgrp():
                     waiting, ours_until = [], now + 0.02  # for our own copy, or timeout(1)'s second
@@ -2202,24 +2188,38 @@ def start_canary(pipe):
         return None
     if pid == 0:
         try:
+            forbid_core()
             handle_signals(signal.SIG_DFL, PASSED_ON)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             os.dup2(pipe[0], 0)
             os.dup2(pipe[0], 1)
-            os.closerange(2, 1 + max(map(int, os.listdir("/dev/fd"))))
+            os.close(pipe[1])
             os.execve("/bin/cat", ["cat"], {})
+        except OSError:  # a system without cat
+            os.read(0, 1)
         finally:
             os._exit(0)
     return pid
 
 
+def end_canary(pid):
+    """End what start_canary() returned, and reap it: not every process 1 would."""
+    if pid:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def forbid_core():
+    """Have no file written where this process, or what it becomes, dumps core. Raises OSError and others."""
+    import resource
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))  # 0 still runs core_pattern's
+
+
 def die_of(number):
     """End this process by a signal's default action, without a core; return where it cannot be (PID 1)."""
     try:
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-        resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))  # 0 still runs core_pattern's
+        forbid_core()
         if number != signal.SIGKILL:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
@@ -2284,7 +2284,7 @@ MOST_WARNINGS, SHORTEST_SECRET = 20, 6
 def redact(text, secrets):
     """Return text without the secrets, also as JSON, HTML and URLs escape them, or cut short by a quote."""
     for secret in secrets:  # nothing is imported: this must work without memory, or where Python lacks html
-        forms = [secret, json.dumps(secret)[1:-1],
+        forms = [secret, " ".join(secret.split()) or secret, json.dumps(secret)[1:-1],
                  secret.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")]
         forms += [re.sub(unsafe, lambda match: "%{:02X}".format(ord(match.group())), secret)
                   for unsafe in ("[^A-Za-z0-9_.~-]", "[^A-Za-z0-9_.~/-]")]
@@ -2307,8 +2307,9 @@ class Reporter:
         self.hide(environ.get("PACKTRACK_API_KEY"))
         for word, value in zip(argv, argv[1:] + [""]):
             self.hide(value if word == "--api-key" else word[10:] if word.startswith("--api-key=") else "")
-            if word in ("--json", "--no-json"):
-                self.as_json = word == "--json"
+            flag, _, text = word.partition("=")
+            if flag in ("--json", "--no-json"):
+                self.as_json = ((text or "true").lower() in TRUE) == (flag == "--json")
         self.as_json = self.as_json and "--" not in argv
 
     def hide(self, secret):
@@ -2428,7 +2429,6 @@ def as_error(error):
 
 
 # ---- main: from settings to what does the work -------------------------------------------------------------
-
 
 def read_key(settings, limits, reporter):
     """Return the API key, from its option or from the first line of its file. Raises InvalidError."""
@@ -2567,7 +2567,7 @@ def main(argv=None):
         reporter.as_json = settings["json"]
         if settings["help"] or settings["version"] or settings["completion"]:
             reporter.out(help_text(settings["help"] == "long") if settings["help"] else
-                         completion(settings["completion"]) if settings["completion"] else
+                         COMPLETIONS[settings["completion"]]() if settings["completion"] else
                          "{} {}\n".format(PROGRAM, VERSION))
             return 0
         if settings.command is not None:

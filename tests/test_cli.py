@@ -87,6 +87,8 @@ test_event_flags = rows(
     *[Case(name, flags(**{name: None}), {variable(name): value}, code=1, err="error: " + variable(name) + why)
       for name, value, why in (("message", "\udce4", ": must be UTF-8"), (
           "severity", "eror", ': %s"eror"); did you mean "error"?' % SEVERITY))],
+    Case("a key with spaces", flags(severity="a  key to it"), key="a  key to it", code=1,
+         err='error: --severity: %s"***")' % SEVERITY, secrets=["key to it"]),
     *[Case("the key in it, %d" % len(argv), [*flags(severity="x" * 180 + KEY), *argv], key=not argv, code=1,
            err='error: --severity: %s"%s***")' % (SEVERITY, "x" * 180), secrets=[KEY[:6]])
       for argv in ([], ["--api-key=" + KEY], ["--api-key", KEY])],
@@ -150,7 +152,7 @@ test_usage = rows(
       for words in [*(("--message", text) for text in ("-done-", "--", "-h", "--message=x", "-1", "=")),
                     *(("--message=" + text,) for text in ("-x", "--", "a=b"))]],
     Case("unknown variables", "{event}", requests=1, env={
-        variable(name): "x" for name in ("version", "help", "completion", "meta", "")}),
+        "": "x", **{variable(name): "x" for name in ("version", "help", "completion", "meta", "")}}),
     Case("empty variables", "{event}", requests=1, env={
         variable(option.name): "" for option in pl.OPTIONS if option.name not in ("api-key", "base-url")}),
 )
@@ -419,7 +421,7 @@ test_information = rows(
     Case("--version", "--version", key=False, out=VERSION, both_forms=True),
     Case("--version=no", "{event} --version --version=no --help=0", requests=1),
     Case("-V among others", "{event} -V --retries x --file none --json", out=VERSION),
-    *[Case(shell, "--completion " + shell, key=False, out=pl.completion(shell))
+    *[Case(shell, "--completion " + shell, key=False, out=pl.COMPLETIONS[shell]())
       for shell in ("bash", "zsh", "fish")],
     *[Case("%s %s" % (redirect, argv), argv, redirect=redirect, marks=[ONLY_LINUX], key=False, code=4,
            err="error: cannot write to standard output: " + why) for redirect, why, names in (

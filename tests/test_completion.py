@@ -38,7 +38,7 @@ def press(request, home, scratch):
     shell, folder = request.param.split("-")[0], scratch / request.param
     if shutil.which(shell) is None:
         pytest.skip("no %s here" % shell)
-    script, (argv, rc) = packtrack_logger.completion(shell), SHELLS[request.param]
+    script, (argv, rc) = packtrack_logger.COMPLETIONS[shell](), SHELLS[request.param]
     for name, text in {"script": script, "_packtrack-logger": script, "rc": rc + "\n", ".zshrc": rc + "\n",
                        **{"work/" + name: "[]" for name in PATHS}, "bin/packtrack-logger": "#!/bin/sh\n",
                        "bin/" + COMMAND: "#!/bin/sh\n"}.items():
@@ -104,7 +104,7 @@ def test_help_is_listed(flag, press):
 @pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
 def test_script(shell, run, tmp_path):
     result = run("--completion", shell, key=False, env={"PACKTRACK_SEVERITY": "loud", "LC_ALL": "C"})
-    assert (result.code, result.err, result.out) == (0, "", packtrack_logger.completion(shell))
+    assert (result.code, result.err, result.out) == (0, "", packtrack_logger.COMPLETIONS[shell]())
     for option in packtrack_logger.OPTIONS:
         flag = "-l %s" % option.name if shell == "fish" else "--%s" % option.name
         assert re.search(r"%s(?![\w-])" % re.escape(flag), result.out), flag

@@ -276,6 +276,9 @@ def test_link_to_the_input(run, tmp_path):
         result = run("--file", "in", "--ndjson", "--undelivered", "link", server=server)
     assert (tmp_path / "in").read_bytes() == ndjson(events(2))
     assert (result.code, result.err) == (1, "packtrack-logger: error: --undelivered" + ITSELF + "\n")
+    (tmp_path / "astray").symlink_to("none/left")
+    assert "cannot write astray: its directory does not exist" in run(
+        "--file", "in", "--ndjson", "--undelivered", "astray").err
 
 
 def test_moved_while_locked(start, tmp_path):
@@ -392,6 +395,8 @@ test_output = rows(
          files={"in": json.dumps([event(severity=MISSING)], indent=1)}),
     Case("full", "--output /dev/full {events:2}", key=False, marks=[linux], code=4,
          err="error: records 1-2: cannot write /dev/full" + NO_SPACE + BOTH_LEFT),
+    Case("a folder", "--output . {events:2}", key=False, code=4,
+         err="error: --output: cannot write .: it is a directory"),
     Case("full, keep going", "--output /dev/full --keep-going --batch-size 1 {events:2}", key=False, code=4,
          err="error: record 1: cannot write /dev/full" + NO_SPACE + BOTH_LEFT, marks=[linux]),
     Case("standard output closed", "--output - {events:2}", key=False, redirect=">&-", code=4,
@@ -403,10 +408,11 @@ test_output = rows(
 
 def test_output_is_whole(run, tmp_path):
     """A write that fails leaves nothing of a batch behind."""
-    (tmp_path / "in").write_bytes(ndjson(events(5)))
+    lines = ndjson(events(5, extra={"x": "y" * 30000})).splitlines(True)
+    (tmp_path / "in").write_bytes(b"".join(lines))
     result = run(*OUT.split(), "--file", "in", "--ndjson", "--batch-size", "2", key=False,
-                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3 * L, 3 * L)))
-    assert (result.code, kept_in(tmp_path / "out")) == (4, ndjson(events(2)).splitlines(True)), result
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3 * len(lines[0]),) * 2))
+    assert (result.code, kept_in(tmp_path / "out")) == (4, lines[:2]), result
     assert result.err == "packtrack-logger: error: records 3-4: cannot write out: file too large%s\n" % left(
         2, 5, "s 3-5")
 

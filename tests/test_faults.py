@@ -133,7 +133,8 @@ HUNDRED_MB = [b"x" * 1000000] * 100
 SMALL = {"env": SITE, "files": {"site/sitecustomize.py": FRUGAL}, "marks": [linux]}
 test_body_memory = rows(
     *[Case(id, ONE, script=[Raw([head, *HUNDRED_MB], records=True)], full=id == "a chunk", **DONE, **SMALL)
-      for id, head in (("a body", OK_HEAD + b"\r\n"), ("a chunk", OK_HEAD + CHUNKS + b"6000000\r\n"))],
+      for id, head in (("a body", OK_HEAD + b"\r\n"), ("a chunk", OK_HEAD + CHUNKS + b"6000000\r\n"),
+                       ("a chunk of -1", OK_HEAD + CHUNKS + b"-1\r\n"))],
     lone("an error", 'HTTP 400 No: "%s"' % ("x" * 200), [Raw([b"HTTP/1.1 400 No\r\n\r\n", *HUNDRED_MB])], 2,
          status=400, **SMALL),
 )
@@ -244,6 +245,7 @@ test_retry_after = rows(
     *[Case(repr(value)[:40], SLOWLY, script=[later(value)], requests=2, err=waited(3), full=value != NOON)
       for value in ("0", NOON, "1_0", "9" * 5000, "\u0665", "Sun, 06 Nov 99999 08:49:37 GMT")],
     Case("1", SLOWLY, script=[later(" 01\t")], requests=2, err=waited(1000)),
+    Case("a Date that is none", SLOWLY, script=[later(NOON, "5")], requests=2, err=waited(3)),
     Case("a lower bound", SLOWLY + "--backoff-initial 1100ms", script=[later("1")], requests=2,
          err=waited(1100), full=True),
     *[Case("60 s, " + id, SLOWLY, script=[step], kill=("TERM", "retrying in"), code="TERM", requests=1,
@@ -329,6 +331,8 @@ test_tls = rows(
     Case("by its name", ONE + "--base-url https://localhost:{port}", **DONE, **TLS),
     untrusted("unknown issuer", "good", ISSUER, env=()),
     untrusted("none", "good", ISSUER + " (now: {tmp}/n, not readable)", env={"SSL_CERT_FILE": "{tmp}/n"}),
+    untrusted("SSLKEYLOGFILE", "good", "cannot set up TLS (check SSLKEYLOGFILE and OPENSSL_CONF): no such "
+              "file or directory", env={"SSLKEYLOGFILE": "{tmp}/none/x"}, kind="tls"),
     untrusted("self-signed", "self_signed", ISSUER + " (now: {root})"),
     untrusted("expired", "expired", "TLS certificate of 127.0.0.1 has expired"),
     untrusted("another's address", "other_host", "TLS certificate of 127.0.0.1 is not valid for 127.0.0.1"),
@@ -495,7 +499,11 @@ test_proxy = rows(
          err="error: record 1: %s403 No; delivered 0 of 2; not delivered: records 1-2" % REFUSED),
     *[lone("CONNECT, %d %s" % (status, reason), (REFUSED + "%d %s" % (status, shown)).rstrip(), code=2,
            kind="proxy", status=status, proxy=[Reply(status, reason=reason)], proxied=1, **by("https"))
-      for status, reason, shown in ((403, "No", "No"), (301, "Moved", "Moved"), (407, "not " + WORD, ""))],
+      for status, reason, shown in ((403, "No", "No"), (300, "A", "A"), (407, "not " + WORD, ""))],
+    Case("CONNECT, 413", "{fast} --json {events:2}", proxy=[Reply(413, reason="No")], proxied=1, code=2,
+         json=sums(2, 0, 0, 0, kind="proxy", status=413, where="records 1-2"), **by("https"),
+         err="error: records 1-2: %s413 No; delivered 0 of 2; not delivered: records 1-2" % REFUSED),
+    lone("port 65535", "proxy 127.0.0.1:65535: <...>" + AFTER_2, retries=1, **by("http", "127.0.0.1:65535")),
     *[lone(id, message + AFTER_2, retries=1, proxy=[step] * 2, proxied=2, full=id != "502", **by("https"))
       for id, step, message in (
           *[(status, Reply(int(status), reason="A"), REFUSED + status + " A")
@@ -518,9 +526,9 @@ test_proxy = rows(
            "not shown): SOCKS proxies and TLS to a proxy are not supported", code=1, where=scheme + "_proxy",
            full=scheme == "http", **by(scheme, **{scheme + "_proxy": value % WORD}))
       for scheme in ("http", "https") for value in (
-          "http://user:%s@", "ftp://user:%s@127.0.0.1:9", "http://u:%s@127.0.0.1:99999",
+          "http://user:%s@", "ftp://user:%s@127.0.0.1:9", "http://u:%s@127.0.0.1:65536",
           "http://u:%s@127.0.0.1:x", "://%s", "http://[%s", "http://b\u00fccher-%s", "https://u:%s@a:9",
-          "socks5://%s@127.0.0.1:9",
+          "socks5://%s@127.0.0.1:9", "http://\udcff:%s@a:9",
           "SOCKS5h://%s@127.0.0.1")],
 )
 TWICE = {

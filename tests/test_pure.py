@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import html
 import inspect
 import json
@@ -32,9 +33,17 @@ def test_option_table():
         assert (option.metavar is None) is option.is_boolean
         assert option.short == {"help": "-h", "verbose": "-v", "version": "-V"}.get(option.name)
         assert option.path == (option.name in ("api-key-file", "file", "undelivered", "output"))
-    assert re.findall(r"'\*(--\w+)\[", pl.completion("zsh")) == ["--meta"]  # repeatable
-    assert re.findall(r"-l (\w+) -s (\w) ", pl.completion("fish")) == [
+    assert re.findall(r"'\*(--\w+)\[", pl.COMPLETIONS["zsh"]()) == ["--meta"]  # repeatable
+    assert re.findall(r"-l (\w+) -s (\w) ", pl.COMPLETIONS["fish"]()) == [
         ("verbose", "v"), ("version", "V"), ("help", "h")]
+
+
+def test_json_of_usage_errors():
+    """It is known before the command line is understood."""
+    for argv, env, as_json in (("--json=Yes", "", True), ("--json=0", "1", False), ("--no-json=no", "", True),
+                               ("--no-json", "1", False), ("--json --no-json", "", False),
+                               ("--json -- x", "1", False), ("-x", "on", True), ("-x", "", False)):
+        assert pl.Reporter(argv.split(), {"PACKTRACK_JSON": env}).as_json is as_json, argv
 
 
 def test_durations():
@@ -79,7 +88,7 @@ def test_backoff():
     assert delays([3, 100000], 0.2, 0.0) == pytest.approx([0.32, 1.6])
     assert delays([3, 100000], 0.2, 0.75) == pytest.approx([0.44, 2.2])
     assert pl.backoff_delay(100000, 0.0, 2.0, 0.0, lambda: 0.0) == 0.0
-    assert [status for status in range(100, 1000) if pl.is_retryable(status)] == [429, *range(500, 600)]
+    assert pl.RETRYABLE == (429, *range(500, 600))
 
 
 def test_retry_after():
@@ -94,6 +103,8 @@ def test_retry_after():
                       "Fri, 31 Dec 99999 23:59:59", "Wed, 99 Oct 2099 07:28:00", "Wed, 21 Oct 2015 7:28:00",
                       "wed, 21 oct 2015 07:28:00", "Wed, 30 Feb 2015 07:28:00", "21 Oct 2015 07:28:00"))):
         assert pl.parse_retry_after(value, NOW) is None, value
+    for value, date in {None: None, "5": None, "Tue, 14 Nov 2023 22:13:20 GMT": NOW}.items():
+        assert pl.parse_retry_after(value) == date
 
 
 ALL = {"timestamp": "2020-01-01T00:00:00Z", "source": {"system": "S", "env": "E"},
@@ -153,6 +164,7 @@ def test_ranges():
     for ranges, joined in (([], []), ([[5, 6], [1, 2]], [[1, 2], [5, 6]]), ([[3, 4], [1, 2]], [[1, 4]]),
                            ([[1, 9], [2, 3], [10, 10], [12, 12]], [[1, 10], [12, 12]])):
         assert pl.join_ranges(ranges) == joined
+    assert len(pl.join_ranges([[number, number] for number in range(0, 999, 2)])) == 100
     odd = [[number, number] for number in range(1, 22, 2)]
     ten = "records 1, 3, 5, 7, 9, 11, 13, 15, 17, 19"
     for ranges, text in (([[3, 3]], "record 3"), ([[3, 4]], "records 3-4"),
@@ -171,7 +183,7 @@ def test_batches():
     assert cut() == cut(None) == []
     assert cut((1, [one] * 4), limit=21) == cut((1, [one] * 4), limit=30) == [[1, 2], [3, 4]]
     assert cut((1, [one] * 3), limit=20) == cut((1, [one, one * 9, one]), limit=31) == [[1], [2], [3]]
-    assert cut((1, [one] * 3), limit=31) == [[1, 2, 3]] and len(pl.json_array([one] * 3)) == 31
+    assert cut((1, [one] * 3), limit=31) == [[1, 2, 3]]
     assert cut((1, [one] * 2500), size=10**6) == [[*range(1, 2501)]]
     assert pl.json_lines([b'{"a":\r\n1}', b"{}"]) == b'{"a":  1}\n{}\n'
 
@@ -190,7 +202,7 @@ def test_json_errors():
             pl.parse_json(text)
 
 
-def test_connect():
+def test_connect(monkeypatch):
     with RefusedPort() as refused, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1)
@@ -202,6 +214,9 @@ def test_connect():
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         with pytest.raises(ConnectionRefusedError):
             pl.connect(addresses[:2], lambda: 1.0, time.monotonic)
+    monkeypatch.setattr(socket, "getaddrinfo", raising(socket.gaierror("odd")))
+    with pytest.raises(pl.AttemptFailed, match="^x: odd$"):
+        pl.resolve_host("h", 80, lambda: 1.0, "x: ")
 
 
 def raising(error):
@@ -292,9 +307,51 @@ def test_odd_systems(monkeypatch):
             with pytest.raises(error, match="cannot write .*: permission denied$"):
                 pl.Appender(path, "--output", pl.Limits(), None, saving)
         patch.setattr(os, "execve", raising(OSError()))
-        assert os.waitpid(pl.start_canary((reader, writer)), 0)[1] == 0
+        os.set_blocking(reader, True)
+        canary = pl.start_canary((reader, writer))
+        os.kill(canary, 15)
+        assert os.waitpid(canary, 0)[1] == 15
+        assert pl.end_canary(pl.start_canary((reader, writer))) is pl.end_canary(None)
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
         patch.setattr(os, "fork", raising(OSError()))
         assert pl.start_canary((reader, writer)) is None
+
+
+def test_lock_that_is_waited_for(monkeypatch, tmp_path):
+    flock = pytest.importorskip("fcntl").flock
+    taken, clock = iter([raising(BlockingIOError()), flock]), Clock()
+    monkeypatch.setattr("fcntl.flock", lambda *what: next(taken)(*what))
+    pl.Appender(str(tmp_path / "out"), "--output", clock.limits(), None, False).append(b"x\n")
+    assert clock.sleeps == pytest.approx([0.005]) and (tmp_path / "out").read_bytes() == b"x\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="as on POSIX")
+def test_command_runner(monkeypatch):
+    """What is passed on to a command, when; KILL comes 5 s after TERM; what is told of its end."""
+    now, slept, kills = [100.0], [], []
+    waits = iter([(0, 0)] * 4 + [(7, 9)])
+
+    def sleep(_, seconds):
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(pl.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "waitpid", lambda *_: next(waits))
+    monkeypatch.setattr(os, "kill", lambda *pair: kills.append(pair))
+    monkeypatch.setattr(pl.signal, "sigtimedwait", sleep, raising=False)
+    assert pl.wait_for(7, 0.5, set(), None, None, [(103.0, 10)]) == (-9, True)
+    assert slept[:3] == [0.5, 2.5, 2.5] and kills == [(7, 15), (7, 18), (7, 10), (7, 9), (7, 18)]
+
+    def runs(*_):
+        now[0] += 2.5
+        return 3, False
+
+    monkeypatch.setattr(pl, "run_on_posix", runs)
+    code, number, failure, told = pl.run_command(pl.resolve(["--", "/x/job"], {}), None)
+    assert (code, number, failure) == (3, 0, None) and told["message"] == "job exited with 3 after 2.5s"
+    assert (told["metadata"]["duration_ms"], told["metadata"]["exit_code"]) == (2500, 3)
+    assert (pl.COMMAND_DELIVERY, pl.HURRIED_DELIVERY, pl.LONGEST_SAVING) == (30, 5, 30)
 
 
 @pytest.fixture
@@ -432,12 +489,15 @@ def test_client(server):
     client.ingest_event(event(timestamp=MISSING, metadata={}))
     client.ingest_batch([event(metadata={}), event()], idempotency_key="auto")
     client.health_check()
-    with pytest.raises(pl.InvalidError, match="^missing required source.system"):
-        client.ingest_batch([event(), {}])
+    for wrong, why in (({}, "missing required source.system"), ([], "not a JSON object"), (
+            {5: 1}, 'unknown field "5"'), (event(source={"system": "s", 5: 1}), 'unknown field "source.5"')):
+        with pytest.raises(pl.PackTrackError, match="^" + why):
+            client.ingest_batch([event(), wrong])
     client.close()
     assert [len(request.events) for request in server.requests] == [1, 2, 0]
     assert server.records[1:] == [event(metadata={}), event()] and server.records[0]["metadata"] == {}
-    assert server.requests[1].headers["idempotency-key"] == pl.sha256(server.requests[1].body)
+    body = server.requests[1].body
+    assert server.requests[1].headers["idempotency-key"] == hashlib.sha256(body).hexdigest()
     assert (server.connections, client.requests, client.retries) == (1, 3, 0)
     assert client.bytes_sent == sum(len(request.raw_body) for request in server.requests)
     assert is_timestamp(server.records[0]["timestamp"]) and KEY not in repr(client)
@@ -456,6 +516,13 @@ def test_client_fails():
             status, code, sent, sent - 1)
     with RefusedPort() as port, pytest.raises(pl.RetriesExhaustedError, match="connection refused"):
         pl.Client(KEY, base_url=port.url).health_check()
+
+
+def test_client_short_of_memory(monkeypatch, server):
+    """What came of the request is known by its status."""
+    monkeypatch.setattr("http.client.HTTPResponse.read", raising(MemoryError()))
+    pl.Client(KEY, base_url=server.url).ingest_event(event())
+    assert len(server.records) == 1
 
 
 def test_client_waits():

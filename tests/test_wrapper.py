@@ -238,6 +238,26 @@ def test_search(call, run, server, tmp_path):
         assert server.records[-1]["metadata"]["exit_code"] == result.code
 
 
+@linux
+def test_removed_folder(argv_of, call, server):
+    line = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'
+    done = call(["sh", "-c", line, "sh", *argv_of(*OURS, "echo", "ran")])
+    assert (done.returncode, done.stdout, done.stderr, len(server.records)) == (0, b"ran\n", b"", 1)
+
+
+PARENT = """import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # what is left behind becomes its child
+subprocess.call(sys.argv[1:])
+print(open("/proc/self/task/%d/children" % os.getpid()).read())"""
+
+
+@linux
+@pytest.mark.parametrize("command", [["true"], ["no-such"], ["sh", "-c", "kill -TERM 0"]])
+def test_leaves_no_process(command, argv_of, call):
+    done = call([sys.executable, "-c", PARENT, "setsid", "-w", *argv_of(*OURS, *command)])
+    assert done.stdout == b"\n", done
+
+
 test_usage = rows(
     *[Case(argv, [*WHO, *argv.split(), "--", "touch", "ran"], code=1, err="error: " + why) for argv, why in (
         ("--status ok", "--status cannot be combined with a command, whose outcome sets it"),
