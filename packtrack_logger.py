@@ -849,7 +849,7 @@ def complete_record(record, defaults, now):
     if type(event) is not dict:
         raise InputError("not a JSON object")
     completed = complete_event(event, defaults, now)
-    return record if completed == event else dump_json(completed)
+    return record.strip(BLANK) if completed == event else dump_json(completed)
 
 
 def completeness_test(defaults):
@@ -1030,7 +1030,7 @@ class Reader:
                     continue
             except (ValueError, StopIteration, RecursionError):
                 pass
-            raw = line.strip(BLANK)
+            raw = line.rstrip(BLANK)
             if raw and not self._complete(raw, data, position, items):
                 # scan() does not stop at a line's end: what is wrong could make it read on, line after line
                 append, trusted = items[-1].append, False
@@ -1047,11 +1047,11 @@ class Reader:
         except PackTrackError as error:
             error_class, why = type(error), str(error)
         where = self._locate(data, position)
-        if self._ndjson and self._line == 1 and (raw == b"{" or raw[:1] == b"["):
+        if self._ndjson and self._line == 1 and re.match(rb"[ \t\r]*(\{\Z|\[)", raw):
             why += "; for a JSON object or array omit --ndjson"
         elif self._ndjson and raw[-1:] == b",":
             why += " (one object per line, no commas between)"
-        items += [Refused(raw, error_class(why, where=where), ends=True), []]
+        items += [Refused(raw.lstrip(BLANK), error_class(why, where=where), ends=True), []]
         return False
 
     def _elements(self, chunks):

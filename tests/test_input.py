@@ -254,6 +254,8 @@ test_refused = rows(
     Case("closed standard input", "--stdin", redirect="<&-", marks=[posix], code=4,
          err="error: cannot read standard input: it is closed"),
     Case("gzip", J, files={"in": GZIP}, code=4, err="error: " + ZCAT),
+    Case("indented", N, files={"in": b" \t{x\n"}, code=4, err="error: in:1: invalid JSON: expecting property "
+         "name enclosed in double quotes at column 4"),
     Case("late line", "--stdin --ndjson --json", stdin=(GOOD + b"\n") * 5000 + b"x\n" + GOOD, code=4,
          err="error: standard input:5001: invalid JSON: expected a value at column 1; 5001 "
              "records read, 1 invalid, none sent",
