@@ -506,22 +506,18 @@ def test_client(server):
             pl.Client(**{"api_key": KEY, **options})
 
 
-def test_client_fails():
+def test_client_fails(monkeypatch, server):
     for status, kind, code, sent in ((400, pl.RefusedError, 2, 1), (503, pl.RetriesExhaustedError, 3, 3)):
-        with StandIn(default=status) as server, pytest.raises(kind) as caught:
-            client = pl.Client(KEY, base_url=server.url, retries=2, limits=Clock().limits())
+        with StandIn(default=status) as refuses, pytest.raises(kind) as caught:
+            client = pl.Client(KEY, base_url=refuses.url, retries=2, limits=Clock().limits())
             with contextlib.closing(client):
                 client.ingest_event(event())
-        assert (caught.value.status, caught.value.exit_code, len(server.requests), client.retries) == (
+        assert (caught.value.status, caught.value.exit_code, len(refuses.requests), client.retries) == (
             status, code, sent, sent - 1)
     with RefusedPort() as port, pytest.raises(pl.RetriesExhaustedError, match="connection refused"):
         pl.Client(KEY, base_url=port.url).health_check()
-
-
-def test_client_short_of_memory(monkeypatch, server):
-    """What came of the request is known by its status."""
     monkeypatch.setattr("http.client.HTTPResponse.read", raising(MemoryError()))
-    pl.Client(KEY, base_url=server.url).ingest_event(event())
+    pl.Client(KEY, base_url=server.url).ingest_event(event())  # the status says what came of it
     assert len(server.records) == 1
 
 
