@@ -1100,7 +1100,7 @@ class Reader:
                 event, stop = scan(text, position)
             except (ValueError, StopIteration, RecursionError) as error:
                 why, fault_at = describe_json_error(error)
-                # Cut off by the end of the data: the fault is there, or in a string that is still open.
+                # Cut off by the end of the data: the fault is a token's length from there, or in a string.
                 cut_off = fault_at is not None and (size - fault_at < 16 or "nterminated" in why)
                 if cut_off and not final and not Boundary().found(data[position:]):
                     why = None
@@ -1320,7 +1320,7 @@ class Connection(io.RawIOBase):
 
     def __init__(self, limits, secrets):
         self._limits, self.secrets = limits, secrets
-        self._socket = self._credentials = None
+        self._socket = self._proxy_auth = None
         self.peer = self._host = self._stage = ""
         self._ahead, self.ended, self.received, self.until, self.timeout = b"", False, 0, 0.0, 0.0
 
@@ -1336,7 +1336,7 @@ class Connection(io.RawIOBase):
         """Connect, through a proxy and with TLS where they are due; return whether it was connected."""
         origin, is_secure = request.get_header("Host"), request.type == "https"
         if is_secure:  # kept, as a request that is sent again has lost it
-            self._credentials = request.headers.pop("Proxy-authorization", self._credentials)
+            self._proxy_auth = request.headers.pop("Proxy-authorization", self._proxy_auth)
         try:
             if self._socket is not None and self._receive(0) is None:
                 return True
@@ -1359,7 +1359,7 @@ class Connection(io.RawIOBase):
 
     def _open_tunnel(self, host, port):
         target = host + ":" + port
-        self.send("CONNECT", target, {"Host": target, "Proxy-Authorization": self._credentials}, b"")
+        self.send("CONNECT", target, {"Host": target, "Proxy-Authorization": self._proxy_auth}, b"")
         response = self.read_response("CONNECT")
         if not 200 <= response.status <= 299:
             message = "{} refused the tunnel: HTTP {} {}".format(
@@ -1690,11 +1690,11 @@ def accept_valid(reader, delivery):
 
 def keep_until_valid(runs, delivery, name):
     """Hold (number, records) back, in memory or a temporary file, until all are valid; then yield them."""
-    held = file = io.BytesIO()
-    end, left_over = 0, []
+    held = file = io.BytesIO()  # held is read back; file, to which it may move, is closed in any case
+    end, unsaved = 0, []
     try:
         for number, records in runs:
-            left_over = [(number, records)]
+            unsaved = [(number, records)]
             data = b"\0".join(records)  # no JSON text holds a NUL
             data = number.to_bytes(8, "little") + len(data).to_bytes(8, "little") + data
             if end + len(data) <= HELD_IN_MEMORY:
@@ -1706,7 +1706,7 @@ def keep_until_valid(runs, delivery, name):
                     write_all(file.fileno(), held.getbuffer())
                     held = file
                 write_all(held.fileno(), data)
-            end, left_over = held.tell(), []
+            end, unsaved = held.tell(), []
     except (OSError, MemoryError) as error:
         why = "no writable temporary directory" if isinstance(error, FileNotFoundError) else reason(error)
         why = "cannot buffer {}: {} (set TMPDIR, or stream with --async)".format(name, why)
@@ -1718,7 +1718,7 @@ def keep_until_valid(runs, delivery, name):
             while held.tell() < end:
                 number, size = (int.from_bytes(held.read(8), "little") for _ in range(2))
                 yield number, held.read(size).split(b"\0")
-            yield from left_over
+            yield from unsaved
             yield from runs
     finally:
         file.close()
@@ -1738,7 +1738,7 @@ def read_ahead(runs, delivery, limits, capacity, interval, flushes):
         except Exception as error:  # nobody else would hear of it
             delivery.note(as_error(error))
         finally:
-            finished.append(True)
+            finished.append(True)  # at once, for --no-flush; the None comes after what is queued
             ahead.put(None)
 
     try:
@@ -1765,19 +1765,19 @@ def read_ahead(runs, delivery, limits, capacity, interval, flushes):
 
 def cut_batches(runs, size, limit):
     """Yield (records, their numbers) of at most `size` records and `limit` bytes; a larger record alone."""
-    batch, numbers, used = [], [], 1
+    batch, numbers, used = [], [], 1  # used: bytes of the body so far, with one of its brackets
     for run in runs:
         number, records = run or (0, [])  # None: what is there is to be sent
         position = 0
         while position < len(records) or run is None and batch:
             part = records[position:position + min(size - len(batch), 100)]
-            used, full = used + sum(map(len, part)) + len(part), run is None
+            used, is_due = used + sum(map(len, part)) + len(part), run is None
             while used > limit and len(batch) + len(part) > 1:
-                used, full = used - len(part.pop()) - 1, True
+                used, is_due = used - len(part.pop()) - 1, True
             batch += part
             numbers += range(number + position, number + position + len(part))
             position += len(part)
-            if full or len(batch) >= size or used >= limit:
+            if is_due or len(batch) >= size or used >= limit:
                 yield batch, numbers
                 batch, numbers, used = [], [], 1
     if batch:
