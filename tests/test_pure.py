@@ -39,7 +39,6 @@ def test_option_table():
 
 
 def test_json_of_usage_errors():
-    """It is known before the command line is understood."""
     for argv, env, as_json in (("--json=Yes", "", True), ("--json=0", "1", False), ("--no-json=no", "", True),
                                ("--no-json", "1", False), ("--json --no-json", "", False),
                                ("--json -- x", "1", False), ("-x", "on", True), ("-x", "", False)):

@@ -200,7 +200,14 @@ def test_event(run, server, tmp_path):
 
 
 EVENT = '{"timestamp":"<time>",<...>,"started_at":"<time>","host":"<...>","exit_code":4}}\n'
+SITE = {"PYTHONPATH": "{tmp}/site", "PYTHONDONTWRITEBYTECODE": "1"}
+LACKS = {
+    "room for one process": "import os\nforks = iter([os.fork, lambda: os.open('', 0), os.fork])\n"
+                            "os.fork = lambda: next(forks)()\n",
+    "no cat": "import os\nexecve = os.execve\nos.execve = lambda path, *more: (\n"
+              "    os._exit(1) if path == '/bin/cat' else execve(path, *more))\n"}
 test_report = rows(
+    *[ended("exit 5", 5, id=id, env=SITE, files={"site/sitecustomize.py": LACKS[id]}) for id in LACKS],
     ended("exit 1", 1, id="variables of other uses", env={"PACKTRACK_" + name: value for value, names in [
         ("ok", "STATUS MESSAGE FILE"), ("x", "SEVERITY"), ("1", "NDJSON JSON HEALTH ASYNC NO_FLUSH")]
         for name in names.split()}),
@@ -240,8 +247,7 @@ def test_search(call, run, server, tmp_path):
 
 @linux
 def test_removed_folder(argv_of, call, server):
-    line = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'
-    done = call(["sh", "-c", line, "sh", *argv_of(*OURS, "echo", "ran")])
+    done = call(["sh", "-c", 'mkdir x; cd x; rmdir ../x; exec "$@"', "sh", *argv_of(*OURS, "echo", "ran")])
     assert (done.returncode, done.stdout, done.stderr, len(server.records)) == (0, b"ran\n", b"", 1)
 
 
@@ -254,8 +260,7 @@ print(open("/proc/self/task/%d/children" % os.getpid()).read())"""
 @linux
 @pytest.mark.parametrize("command", [["true"], ["no-such"], ["sh", "-c", "kill -TERM 0"]])
 def test_leaves_no_process(command, argv_of, call):
-    done = call([sys.executable, "-c", PARENT, "setsid", "-w", *argv_of(*OURS, *command)])
-    assert done.stdout == b"\n", done
+    assert call([sys.executable, "-c", PARENT, "setsid", "-w", *argv_of(*OURS, *command)]).stdout == b"\n"
 
 
 test_usage = rows(
