@@ -89,7 +89,8 @@ a failure ends the run while the input is idle | faults::test_idle_input
 first signal flushes, second stops; several within 0.2 s are one | delivery::test_async_signals
 under timeout(1), 40 times | delivery::test_under_timeout
 # a command after --
-what it is given: environment, signals, descriptors, group | wrapper::test_as_if_alone wrapper::test_leaves_no_process
+what it is given: environment, signals, descriptors, group | wrapper::test_as_if_alone
+nothing of ours is left behind | wrapper::test_leaves_no_process
 how it ended is reported | wrapper::test_report
 the exit code is its own; a signal is died of | wrapper::test_exit
 not found, not executable, no first line | wrapper::test_cannot_run

@@ -149,7 +149,7 @@ test_usage = rows(
     Case("long", "--" + "z" * 300, code=1, err="error: unknown flag --%s; see --help" % ("z" * 198)),
     *[Case("the message " + " ".join(words), [*flags(message=None), *words], requests=1,
            sent=[event(message=words[-1].replace("--message=", "", len(words) == 1))])
-      for words in [*(("--message", text) for text in ("-done-", "--", "-h", "--message=x", "-1", "=")),
+      for words in [*(("--message", text) for text in ("-done-", "--", "-h", "--json=1", "-1", "=")),
                     *(("--message=" + text,) for text in ("-x", "--", "a=b"))]],
     Case("unknown variables", "{event}", requests=1, env={
         "": "x", **{variable(name): "x" for name in ("version", "help", "completion", "meta", "")}}),

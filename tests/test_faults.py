@@ -429,11 +429,12 @@ test_addresses = rows(
         ("dead, then live", ONE + "--timeout 20s", [FOUR % "dead"]))],
     Case("dead, then live, in time", ONE + "--timeout 20s", marks=[linux], timeout=4,
          files=site(to(FOUR % "dead", FOUR % "{port}"), DEAD), **LIVE),
-    lone("families alternate", "service.invalid:80: connection refused, after 1 attempt",
-         argv=ONE + "--retries 0", env=AWAY, files=site(
-             to(SIX % 1, SIX % 2, SIX % 3, FOUR % 4, FOUR % 5), LOUD.replace(
-                 "return connect(sock, place)", "raise OSError(111, 'Connection refused')")),
-         before="| to 1\n| to 4\n| to 2\n| to 5\n| to 3\n"),
+    *[lone("families alternate, " + scheme, "service.invalid:%d: connection refused, after 1 attempt" % port,
+           argv=ONE + "--retries 0 --base-url %s://service.invalid" % scheme, env=AWAY, files=site(
+               to(SIX % 1, SIX % 2, SIX % 3, FOUR % 4, FOUR % 5), LOUD.replace(
+                   "return connect(sock, place)", "raise OSError(111, 'Connection refused')")),
+           before="| to 1\n| to 4\n| to 2\n| to 5\n| to 3\n")
+      for scheme, port in (("http", 80), ("https", 443))],
     lone("dead", "timed out after 0.4s" + AFTER_2, env=AWAY, files=site(to(FOUR % "dead"), DEAD), retries=1,
          marks=[linux], full=True),
 )

@@ -8,7 +8,9 @@ import inspect
 import json
 import math
 import os
+import queue
 import re
+import signal
 import socket
 import time
 import types
@@ -261,6 +263,14 @@ def test_no_threads(monkeypatch):
     assert pl.resolve_host("localhost", 80, lambda: 1.0, "")[0][4][1] == 80
 
 
+def test_flush_interval(monkeypatch):
+    """The wait for more ends when what is there is to be sent."""
+    waits, get = [], queue.Queue.get
+    monkeypatch.setattr(queue.Queue, "get", lambda ahead, timeout: waits.append(timeout) or get(ahead))
+    runs = pl.read_ahead(iter([(1, [b"x"])]), delivery_of(), Clock().limits(), 9, 0.03125, True)
+    assert [*runs] == [(1, [b"x"])] and waits == pytest.approx([0.1, 0.03125])
+
+
 def test_account_at_the_end():
     """What was read and got lost for want of memory, and what comes after a signal, is undelivered."""
     for keeps, invalid, unkept, ranges in ((True, 1, 6, []), (True, 0, 7, [[3, 9]]), (False, 0, 0, [[3, 9]])):
@@ -283,6 +293,7 @@ def test_account_at_the_end():
 @pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="needs /dev/fd and fork")
 def test_odd_systems(monkeypatch):
     """Another process was faster; a file system has no locks; there is no room for a process, and no cat."""
+    resource = pytest.importorskip("resource")
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
@@ -305,14 +316,21 @@ def test_odd_systems(monkeypatch):
         for path, saving, error in (("new", True, pl.InvalidError), (__file__, False, pl.InputError)):
             with pytest.raises(error, match="cannot write .*: permission denied$"):
                 pl.Appender(path, "--output", pl.Limits(), None, saving)
-        patch.setattr(os, "execve", raising(OSError()))
+        told, limit = os.pipe(), resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (limit[1], limit[1]))
+        patch.setattr(os, "execve", lambda *_: os.write(told[1], b"x") and raising(OSError())())
         os.set_blocking(reader, True)
+        for number in (signal.SIGTERM, signal.SIGQUIT):
+            canary = pl.start_canary((reader, writer))
+            os.read(told[0], 1)
+            os.kill(canary, number)
+            assert os.waitpid(canary, 0)[1] == number  # and no core
+        resource.setrlimit(resource.RLIMIT_CORE, limit)
         canary = pl.start_canary((reader, writer))
-        os.kill(canary, 15)
-        assert os.waitpid(canary, 0)[1] == 15
-        assert pl.end_canary(pl.start_canary((reader, writer))) is pl.end_canary(None)
-        with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
+        pl.end_canary(canary)
+        pl.end_canary(None)
+        with pytest.raises(ProcessLookupError):
+            os.kill(canary, 0)
         patch.setattr(os, "fork", raising(OSError()))
         assert pl.start_canary((reader, writer)) is None
 
@@ -328,12 +346,13 @@ def test_lock_that_is_waited_for(monkeypatch, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="as on POSIX")
 def test_command_runner(monkeypatch):
     """What is passed on to a command, when; KILL comes 5 s after TERM; what is told of its end."""
-    now, slept, kills = [100.0], [], []
-    waits = iter([(0, 0)] * 4 + [(7, 9)])
+    now, slept, kills, came = [100.0], [], [], []
+    waits = iter([*[(0, 0)] * 4, (7, 9), (8, 15), *[(0, 0)] * 3, (7, 0), (9, 9)])
 
     def sleep(_, seconds):
         slept.append(seconds)
-        now[0] += seconds
+        now[0] += came[0][0] if came else seconds
+        return types.SimpleNamespace(si_signo=came.pop(0)[1]) if came else None
 
     monkeypatch.setattr(pl.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(os, "waitpid", lambda *_: next(waits))
@@ -341,6 +360,12 @@ def test_command_runner(monkeypatch):
     monkeypatch.setattr(pl.signal, "sigtimedwait", sleep, raising=False)
     assert pl.wait_for(7, 0.5, set(), None, None, [(103.0, 10)]) == (-9, True)
     assert slept[:3] == [0.5, 2.5, 2.5] and kills == [(7, 15), (7, 18), (7, 10), (7, 9), (7, 18)]
+    # A canary, 8, dies of what the whole group gets: our copy is not passed on, what comes later is.
+    came += [(0.015625, 15), (0.0625, 10)]
+    monkeypatch.setattr(os, "getpgid", lambda _: os.getpgrp())
+    monkeypatch.setattr(pl, "start_canary", lambda _: 9)
+    del kills[:]
+    assert pl.wait_for(7, None, {10, 15}, 8, None, []) == (0, False) and kills == [(7, 10), (9, 9)]
 
     def runs(*_):
         now[0] += 2.5
@@ -378,6 +403,9 @@ def test_progress(at, monkeypatch):
         told = ["2 records read", "4 records read", "5 records read, 12 delivered, 3/s, 25 %"]
         if terminal:
             assert lines == [told[0], *("\r\x1b[K" + line[:29] for line in told[1:])]
+            monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((0, 0)))  # not known
+            reporter.log("x" * 99, "{1}")
+            assert lines.pop() == "\r\x1b[K" + "x" * 79
             monkeypatch.setattr(os, "get_terminal_size", raising(OSError()))  # it has gone
             at(200.0)
             reporter.progress(delivery)

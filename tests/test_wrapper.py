@@ -106,6 +106,13 @@ def test_blocked_signals(run, server):
 
 
 @linux
+def test_dies_of_a_blocked_signal(run):
+    code = "import os, signal; signal.pthread_sigmask(signal.SIG_UNBLOCK, [15]); os.kill(os.getpid(), 15)"
+    run(*OURS, sys.executable, "-c", code, key=False, server=None, allow_codes=[-15],
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {15}))
+
+
+@linux
 def test_pending_signal(run, server):
     """What came before the command ran is passed on to it."""
     def pend():
