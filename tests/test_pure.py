@@ -376,6 +376,12 @@ def test_command_runner(monkeypatch):
     assert (code, number, failure) == (3, 0, None) and told["message"] == "job exited with 3 after 2.5s"
     assert (told["metadata"]["duration_ms"], told["metadata"]["exit_code"]) == (2500, 3)
     assert (pl.COMMAND_DELIVERY, pl.HURRIED_DELIVERY, pl.LONGEST_SAVING) == (30, 5, 30)
+    handlers = []  # from the report on nothing comes in between
+    monkeypatch.setattr(pl, "handle_signals", lambda *what: handlers.append(what))
+    monkeypatch.setattr(pl, "deliver_result", lambda *_: handlers.append("told"))
+    monkeypatch.setattr(pl, "event_from_flags", lambda *_: b"{}")
+    assert pl.report_command(pl.resolve(["--api-key", KEY, "--", "job"], {}), pl.Reporter([], {})) == 3
+    assert handlers == ["told", (pl.signal.SIG_IGN, pl.PASSED_ON)]
 
 
 @pytest.fixture
