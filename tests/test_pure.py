@@ -364,8 +364,9 @@ def test_command_runner(monkeypatch):
     came += [(0.015625, 15), (0.0625, 10)]
     monkeypatch.setattr(os, "getpgid", lambda _: os.getpgrp())
     monkeypatch.setattr(pl, "start_canary", lambda _: 9)
-    del kills[:]
+    del kills[:], slept[:]
     assert pl.wait_for(7, None, {10, 15}, 8, None, []) == (0, False) and kills == [(7, 10), (9, 9)]
+    assert slept == pytest.approx([0.0, pl.FOREVER, 0.2, pl.FOREVER])
 
     def runs(*_):
         now[0] += 2.5
@@ -380,8 +381,9 @@ def test_command_runner(monkeypatch):
     monkeypatch.setattr(pl, "handle_signals", lambda *what: handlers.append(what))
     monkeypatch.setattr(pl, "deliver_result", lambda *_: handlers.append("told"))
     monkeypatch.setattr(pl, "event_from_flags", lambda *_: b"{}")
+    monkeypatch.setattr(pl, "read_key", lambda _, limits, __: now.append(limits.deadline - limits.clock()))
     assert pl.report_command(pl.resolve(["--api-key", KEY, "--", "job"], {}), pl.Reporter([], {})) == 3
-    assert handlers == ["told", (pl.signal.SIG_IGN, pl.PASSED_ON)]
+    assert handlers == ["told", (pl.signal.SIG_IGN, pl.PASSED_ON)] and 0 < now[1] <= 1
 
 
 @pytest.fixture
