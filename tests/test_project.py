@@ -39,7 +39,7 @@ def test_layout():
     assert len((ROOT / "LICENSE").read_text().splitlines()) == 202
     texts = {str(path): path.read_text(encoding="utf-8").split("\n") for path in text_files()}
     assert sum(len(texts[path]) - 1 for path in texts if path.startswith(str(ROOT / "tests"))
-               and path.endswith(".py")) <= 7295
+               and path.endswith(".py")) <= 7300
     assert ["%s:%d" % (path, number) for path in texts if not path.endswith((".md", ".txt"))
             for number, line in enumerate(texts[path], 1) if len(line) > 110] == []
 

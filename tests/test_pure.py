@@ -368,9 +368,9 @@ def test_command_runner(monkeypatch):
     assert pl.wait_for(7, None, {10, 15}, 8, None, []) == (0, False) and kills == [(7, 10), (9, 9)]
     assert slept == pytest.approx([0.0, pl.FOREVER, 0.2, pl.FOREVER])
 
-    def runs(*_):
+    def runs(_, __, hurry):
         now[0] += 2.5
-        return 3, False
+        return 3, hurry and hurry(15, None)  # a signal, as the report begins
 
     monkeypatch.setattr(pl, "run_on_posix", runs)
     code, number, failure, told = pl.run_command(pl.resolve(["--", "/x/job"], {}), None)
@@ -379,11 +379,12 @@ def test_command_runner(monkeypatch):
     assert (pl.COMMAND_DELIVERY, pl.HURRIED_DELIVERY, pl.LONGEST_SAVING) == (30, 5, 30)
     handlers = []  # from the report on nothing comes in between
     monkeypatch.setattr(pl, "handle_signals", lambda *what: handlers.append(what))
-    monkeypatch.setattr(pl, "deliver_result", lambda *_: handlers.append("told"))
+    monkeypatch.setattr(pl, "deliver_result", lambda _, __, limits, ___: handlers.append(
+        4 < limits.deadline - limits.clock() <= 5))
     monkeypatch.setattr(pl, "event_from_flags", lambda *_: b"{}")
     monkeypatch.setattr(pl, "read_key", lambda _, limits, __: now.append(limits.deadline - limits.clock()))
     assert pl.report_command(pl.resolve(["--api-key", KEY, "--", "job"], {}), pl.Reporter([], {})) == 3
-    assert handlers == ["told", (pl.signal.SIG_IGN, pl.PASSED_ON)] and 0 < now[1] <= 1
+    assert handlers == [True, (pl.signal.SIG_IGN, pl.PASSED_ON)] and 0 < now[1] <= 1
 
 
 @pytest.fixture
