@@ -1525,8 +1525,9 @@ class Client:
                 packed.append(packer.compress(body[start:start + MOST_OF_BODY]))
             body = b"".join(packed) + packer.flush()
         headers["Content-Length"] = len(body)
-        for number in range(1, self._attempts + 1):  # after the last one _wait() raises
-            started = self._limits.clock()
+        number = 0
+        while True:  # after the last attempt _wait() raises
+            number, started = number + 1, self._limits.clock()
             try:
                 outcome = self._attempt("POST", "/api/ingest", headers, body)
             except (AttemptFailed, RefusedError) as error:
@@ -2532,7 +2533,7 @@ def run(settings, limits, reporter, event=None):
     return delivery
 
 
-def check_health(client, reporter, note=None):
+def check_health(client, reporter, note=lambda error: None):
     """Log the service's health; note an InvalidError, whose exit code is 1, unless it is healthy."""
     try:
         client.health_check()
@@ -2540,8 +2541,7 @@ def check_health(client, reporter, note=None):
     except PackTrackError as error:
         why = "the service is not healthy: {}".format(error)
         reporter.trace(why)
-        if note is not None:
-            note(InvalidError(why, status=error.status, kind="unhealthy"))
+        note(InvalidError(why, status=error.status, kind="unhealthy"))
 
 
 def handle_signals(handler, names=("SIGINT", "SIGTERM", "SIGHUP")):

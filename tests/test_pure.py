@@ -326,11 +326,13 @@ def test_odd_systems(monkeypatch):
             os.kill(canary, number)
             assert os.waitpid(canary, 0)[1] == number  # and no core
         resource.setrlimit(resource.RLIMIT_CORE, limit)
-        canary = pl.start_canary((reader, writer))
+        canary, orphan = pl.start_canary((reader, writer)), pl.start_canary((reader, writer))
         pl.end_canary(canary)
         pl.end_canary(None)
         with pytest.raises(ProcessLookupError):
             os.kill(canary, 0)
+        os.close(writer)
+        assert os.waitpid(orphan, 0)[1] == 0
         patch.setattr(os, "fork", raising(OSError()))
         assert pl.start_canary((reader, writer)) is None
 
