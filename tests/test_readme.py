@@ -330,7 +330,7 @@ def test_the_resender_keeps_what_it_could_not_send(script, env, code, machine_fo
 
 def test_what_the_service_refuses_holds_up_nothing_else(machine_for):
     machine = machine_for(block_with("exec 9>resend.lock"), [400])
-    machine.write(LEFT, '{"message": 1}\n\n' + ndjson(events(101)).decode("utf-8").rstrip())
+    machine.write(LEFT, '{"message": 1}\n' + ndjson(events(101)).decode("utf-8").rstrip())
     assert (machine.resend(), machine.messages(), len(machine.kept())) == (2, ["event 101"], 101)
     machine.write(LEFT, ndjson([event(message="later")]).decode("utf-8"))
     assert (machine.resend(), machine.kept()) == (1, [b'{"message": 1}']) and "later" in machine.messages()
